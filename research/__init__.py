@@ -1,0 +1,1 @@
+"""Stillroom: efficient-AI methods as pure functions over Flax modules."""

@@ -1,0 +1,64 @@
+"""Backbones by name: one file a family, each with a table `VARIANTS` of the published sizes.
+
+A family module exposes
+
+    VARIANTS: dict[str, dict]            variant -> constructor arguments
+    INPUTS: dict[str, Input]             variant -> what the published weights expect (missing: the default `Input()`)
+    build(**arguments) -> nn.Module      the module; `num_classes`, `dtype`, `drop_path` … are overrides
+    NAMES: dict[str, list]               rules between our parameter paths and official names (see research.port.names)
+
+and its modules are called as `logits, endpoints = model.apply(variables, images, train=False)` with NHWC images.
+"""
+
+import difflib
+import functools
+import importlib
+from typing import NamedTuple
+
+from flax import linen as nn
+
+FAMILIES = ("resnet", "cifar_resnet", "vit", "beit", "convnext", "mixer", "swin")
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
+
+
+class Input(NamedTuple):
+    """What a network's published weights expect: side in pixels, per-channel statistics of images in [0, 1], centre crop."""
+
+    size: int = 224
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    crop: float = 0.875
+
+
+@functools.cache
+def _table() -> dict[str, str]:
+    modules = {family: importlib.import_module(f"{__name__}.{family}") for family in FAMILIES}
+    return {variant: family for family, module in modules.items() for variant in module.VARIANTS}
+
+
+def variants() -> list[str]:
+    """All variant names, in family order."""
+    return list(_table())
+
+
+def family(name: str):
+    """The module that defines variant `name`; a ValueError names the nearest variant."""
+    table = _table()
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown model {name!r}{hint} (python -m research.backbones lists all)")
+    return importlib.import_module(f"{__name__}.{table[name]}")
+
+
+def create(name: str, **overrides) -> nn.Module:
+    """The Flax module of variant `name`, with constructor arguments overridden."""
+    module = family(name)
+    return module.build(**{**module.VARIANTS[name], **overrides})
+
+
+def input_spec(name: str) -> Input:
+    """What the published weights of variant `name` expect."""
+    return getattr(family(name), "INPUTS", {}).get(name, Input())

@@ -1,0 +1,1 @@
+"""Flax building blocks that two or more backbones share."""
