@@ -98,7 +98,7 @@ def _tuples(value: Any) -> Any:
 
 
 def suggest(wrong: str, names: Sequence[str], prefix: str = "") -> str:
-    """`; did you mean X?` with the nearest of `names`, by the whole name and by its last part; "" where none is near."""
+    """`; did you mean X?` with the nearest of `names`, by whole name and last part; empty where none is near."""
 
     def likeness(a: str, b: str) -> float:
         return difflib.SequenceMatcher(None, a, b).ratio()
