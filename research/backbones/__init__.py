@@ -6,6 +6,7 @@ A family module exposes
     INPUTS: dict[str, Input]             variant -> what the published weights expect (missing: the default `Input()`)
     build(**arguments) -> nn.Module      the module; `num_classes`, `dtype`, `drop_path` … are overrides
     NAMES: dict[str, list]               rules between our parameter paths and official names (see research.port.names)
+    IGNORED: list[str]                   patterns of official names that are buffers, no parameters (missing: none)
 
 and its modules are called as `logits, endpoints = model.apply(variables, images, train=False)` with NHWC images.
 """
@@ -17,14 +18,14 @@ from typing import NamedTuple
 
 from flax import linen as nn
 
-FAMILIES = ("resnet", "cifar_resnet", "vit", "beit", "convnext", "mixer", "swin")
+FAMILIES = ("resnet", "cifar_resnet", "cifar_wrn", "cifar_vgg", "vit", "beit", "convnext", "mixer", "swin")
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 
 
 class Input(NamedTuple):
-    """What a network's published weights expect: side in pixels, per-channel statistics of images in [0, 1], centre crop."""
+    """What a network's published weights expect: side in pixels, mean and std of images in [0, 1], centre crop."""
 
     size: int = 224
     mean: tuple[float, ...] = IMAGENET_MEAN

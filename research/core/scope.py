@@ -74,6 +74,8 @@ def by_group(loss: Callable[..., jax.Array], group: int | None, *arrays) -> jax.
         return loss(*gather(arrays))
     batch = jax.tree.leaves(arrays)[0].shape[0]
     if batch % group:
-        raise ValueError(f"a batch of {batch} examples does not divide into groups of {group}: change `group` or `batch_size`")
+        raise ValueError(
+            f"a batch of {batch} examples does not divide into groups of {group}: change `group` or `batch_size`"
+        )
     split = jax.tree.map(lambda x: x.reshape(batch // group, group, *x.shape[1:]), arrays)
     return jnp.mean(jax.vmap(loss)(*split))

@@ -3,34 +3,35 @@
 Every one of our leaves has exactly one official name. It is the dotted path of the leaf with its last part renamed the
 PyTorch way (`kernel` and `scale` are `weight`, the running `mean` and `var` are `running_mean` and `running_var`), then
 rewritten by the family's rules: `(regex, replacement)` pairs applied in order with `re.sub`. A rule may carry a third
-entry, the official shape of the leaves it matches, for officials that keep axes of length 1 which ours have not:
-`(r"grn\\.weight$", "grn.gamma", (1, 1, 1, -1))`.
+entry, a function of shapes, where the official leaf has axes of length 1 which the plain layout has not:
+`(r"grn\\.weight$", "grn.gamma", lambda shape: (1, 1, 1, *shape))`.
 
 Layouts follow from the leaf's name and rank: a `kernel` (spatial..., in, out) is officially (out, in, spatial...);
 everything else is stored as it is. Axes of length 1 may differ: they carry no order.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from flax import traverse_util
 
 Rules = Sequence[tuple]
+Reshape = Callable[[tuple[int, ...]], tuple[int, ...]]
 
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 # PyTorch counts batches in its batch norms; nothing computes with the number.
 IGNORED = (r"(^|\.)num_batches_tracked$",)
 
 
-def official(path: tuple[str, ...], rules: Rules) -> tuple[str, tuple[int, ...] | None]:
-    """Official name of the leaf at `path` (collection first), and its official shape where a rule states one."""
-    name, shape = ".".join((*path[1:-1], LEAVES.get(path[-1], path[-1]))), None
+def official(path: tuple[str, ...], rules: Rules) -> tuple[str, Reshape]:
+    """Official name of the leaf at `path` (collection first), and what makes its plain shape the official one."""
+    name, reshape = ".".join((*path[1:-1], LEAVES.get(path[-1], path[-1]))), tuple
     for pattern, replacement, *stated in rules:
         renamed, count = re.subn(pattern, replacement, name)
         if count:
-            name, shape = renamed, stated[0] if stated else shape
-    return name, shape
+            name, reshape = renamed, stated[0] if stated else reshape
+    return name, reshape
 
 
 def table(shapes, rules: Rules) -> dict[str, tuple[str, ...]]:
@@ -59,10 +60,10 @@ def _import(path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.transpose(array, (*range(2, array.ndim), 1, 0)) if kernel else array
 
 
-def _export(path, array: np.ndarray, shape: tuple[int, ...] | None) -> np.ndarray:
+def _export(path, array: np.ndarray, reshape: Reshape) -> np.ndarray:
     kernel = path[-1] == "kernel" and array.ndim > 1
     array = np.transpose(array, (array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))) if kernel else array
-    return np.ascontiguousarray(array if shape is None else array.reshape(shape))
+    return np.ascontiguousarray(array.reshape(reshape(array.shape)))
 
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """Checks this code against golden arrays of official implementations: `python -m research.port.verify PATH...`.
 
-A golden file `<method>/<case>.npz` or `<method>/<case>__<variant>.npz` holds weights `w/`, inputs `x/`, expected outputs
-`y/` and a JSON string `meta`. Each is recomputed by `research.port.checks.<method>.CHECKS[case]` and compared. The arrays
-were made in float64, so the check runs in float64 too: it tests the mathematics, not the rounding of a device.
+A golden file `<method>/<case>.npz` or `<method>/<case>__<variant>.npz` holds weights `w/`, inputs `x/`, expected
+outputs `y/` and a JSON string `meta`. Each is recomputed by `research.port.checks.<method>.CHECKS[case]` and compared.
+The arrays were made in float64, so the check runs in float64 too: it tests the mathematics, not the rounding of a
+device. Integers must be equal; what is allowed for other values is said at `tolerance` and `allowed_error`.
 Exit status 0 only if every file passes.
 """
 
@@ -40,7 +41,7 @@ class Golden:
 
     @property
     def method(self) -> str:
-        return self.path.parent.name
+        return self.path.resolve().parent.name
 
     @property
     def case(self) -> str:
@@ -60,13 +61,40 @@ def load(path: str | pathlib.Path, dtype=np.float64) -> Golden:
     return Golden(pathlib.Path(path), **groups, meta=meta)
 
 
-def tolerance(golden: Golden) -> tuple[float, float, float]:
-    """(rtol of values, rtol of gradients, atol) from the file's own suggestion; the backbones' standard where it has none."""
-    text = golden.meta.get("suggested_tolerance", "")
-    found = [float(v) for v in re.findall(r"rtol\s*=?\s*([0-9.e-]+)", str(text))]
-    floor = [float(v) for v in re.findall(r"atol\s*=?\s*([0-9.e-]+)", str(text))]
-    rtol = found[0] if found else 1e-5
-    return rtol, max([rtol, *found[1:2]]), min(floor) if floor else 1e-7
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """Relative and absolute error a value may have."""
+
+    rtol: float
+    atol: float = np.inf
+
+
+def tolerance(golden: Golden) -> tuple[Tolerance, Tolerance]:
+    """What the file's own suggestion allows for values and for gradients.
+
+    The suggestion is a text such as "rtol 1e-5, atol 1e-6 (float32); gradients rtol 1e-4, atol 1e-7". Gradients have
+    the tolerance of values where it names none of their own; a file without suggestion has 1e-5 and 1e-4.
+    """
+    text = str(golden.meta.get("suggested_tolerance", ""))
+    values, _, gradients = text.partition("gradient")
+    default = Tolerance(1e-5), Tolerance(1e-4)
+    stated = _stated(values)
+    return (stated or default[0]), (_stated(gradients) or stated or default[1])
+
+
+def _stated(text: str) -> Tolerance | None:
+    found = {kind: float(number) for kind, number in re.findall(r"([ra]tol)\s*=?\s*(\d[\d.]*(?:e[+-]?\d+)?)", text)}
+    return Tolerance(**found) if "rtol" in found else None
+
+
+def allowed_error(expected: np.ndarray, tolerance: Tolerance) -> np.ndarray:
+    """The error allowed at each entry: `rtol` of the entry plus an absolute part.
+
+    The absolute part is `rtol` of the array's largest entry and at most the stated `atol`, so that an `atol` meant for
+    values around 1 does not wave through an array of tiny gradients. Below 1e-12 everything is rounding.
+    """
+    size = np.where(np.isfinite(expected), np.abs(expected), 0.0)
+    return tolerance.rtol * size + max(min(tolerance.atol, tolerance.rtol * np.max(size, initial=0.0)), 1e-12)
 
 
 def compare(golden: Golden, ours: dict[str, np.ndarray]) -> tuple[bool, str]:
@@ -74,24 +102,26 @@ def compare(golden: Golden, ours: dict[str, np.ndarray]) -> tuple[bool, str]:
     missing = sorted(set(golden.y) - set(ours))
     if missing:
         return False, f"not computed: {', '.join(missing)}"
-    rtol, rtol_grad, atol = tolerance(golden)
-    worst, passed = (-1.0, "", 0.0, 0.0), True
-    largest_abs = largest_rel = 0.0
+    values, gradients = tolerance(golden)
+    worst, worst_key, largest_abs, largest_rel = -1.0, "", 0.0, 0.0
     for key, expected in golden.y.items():
         got = np.asarray(ours[key])
         if got.shape != expected.shape:
             return False, f"{key}: shape {got.shape}, expected {expected.shape}"
+        exact = expected.dtype.kind != "f"
         got, expected = got.astype(np.float64), expected.astype(np.float64)
-        error = np.abs(got - expected)
-        scale = np.max(np.abs(expected), initial=0.0)
-        # Relative to the array's largest entry as well: single entries near zero carry the rounding of their neighbours.
-        allowed = atol + (rtol_grad if key.startswith("grad") else rtol) * np.maximum(np.abs(expected), 0.1 * scale)
-        ratio = float(np.max(error / allowed, initial=0.0)) if np.all(np.isfinite(got)) else float("inf")
-        passed &= ratio <= 1.0
+        with np.errstate(invalid="ignore"):
+            error = np.where((got == expected) | (np.isnan(got) & np.isnan(expected)), 0.0, np.abs(got - expected))
+        error = np.where(np.isnan(error), np.inf, error)
+        limit = 0.5 if exact else allowed_error(expected, gradients if key.startswith("grad") else values)
+        ratio = float(np.max(error / limit, initial=0.0))
+        if ratio > worst:
+            worst, worst_key = ratio, key
+        scale = np.max(np.abs(expected), initial=0.0, where=np.isfinite(expected))
         largest_abs = max(largest_abs, float(np.max(error, initial=0.0)))
         largest_rel = max(largest_rel, float(np.max(error, initial=0.0) / scale) if scale else 0.0)
-        worst = max(worst, (ratio, key, 0.0, 0.0))
-    return passed, f"max_abs={largest_abs:.2e} max_rel={largest_rel:.2e} tol={rtol:.0e} (worst: {worst[1]})"
+    line = f"max_abs={largest_abs:.2e} max_rel={largest_rel:.2e} tol={values.rtol:.0e} (worst: {worst_key})"
+    return worst <= 1.0, line
 
 
 def check(path: str | pathlib.Path) -> tuple[bool, str]:
@@ -106,7 +136,7 @@ def check(path: str | pathlib.Path) -> tuple[bool, str]:
         if function is None:
             return False, f"FAIL {name} no checker for case {golden.case!r} of method {golden.method!r}"
         passed, line = compare(golden, function(golden))
-    except Exception as error:  # a broken case must not hide the others; the trace goes to stderr
+    except Exception as error:  # A broken case must not hide the others; the trace goes to stderr.
         traceback.print_exc()
         passed, line = False, f"{type(error).__name__}: {error}".splitlines()[0]
     return passed, f"{'PASS' if passed else 'FAIL'} {name} {line}"

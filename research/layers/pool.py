@@ -1,0 +1,28 @@
+"""Pooling with PyTorch's conventions at the border. All maps are (B, H, W, C)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """Maximum over `window` x `window`, padded symmetrically with -inf."""
+    return nn.max_pool(x, (window, window), (stride, stride), ((padding, padding),) * 2)
+
+
+def avg_pool_ceil(x: jax.Array) -> jax.Array:
+    """Mean over 2 x 2 at stride 2; a last odd row or column is averaged alone.
+
+    PyTorch's `AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)`.
+    """
+    height, width = x.shape[1:3]
+    padding = ((0, height % 2), (0, width % 2))
+    total = nn.avg_pool(x, (2, 2), (2, 2), padding) * 4
+    counts = [np.minimum(2, size - 2 * np.arange((size + 1) // 2)) for size in (height, width)]
+    return total / jnp.asarray(counts[0][:, None] * counts[1], x.dtype)[None, :, :, None]
+
+
+def global_mean(x: jax.Array) -> jax.Array:
+    """(B, H, W, C) -> (B, C), summed in float32 or better, in the dtype of `x`."""
+    return jnp.mean(x, axis=(1, 2))
