@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from research.backbones import Input
 from research.layers import drop
+from research.layers.mlp import gelu
 from research.layers.norm import GRN, LayerNorm
 from research.layers.pool import global_mean
 from research.layers.remat import rematerialised
@@ -50,7 +51,7 @@ class Block(nn.Module):
             name="conv_dw",
         )(x)
         y = LayerNorm(dtype=self.dtype, name="norm")(y)
-        y = nn.gelu(self._dense(4 * self.features, "mlp_fc1")(y), approximate=False)
+        y = gelu(self._dense(4 * self.features, "mlp_fc1")(y))
         y = GRN(dtype=self.dtype, name="mlp_grn")(y) if self.use_grn else y
         y = self._dense(self.features, "mlp_fc2")(y)
         if self.scale_init is not None:
@@ -141,7 +142,7 @@ class ConvNeXt(nn.Module):
         # Official names count the activation as a layer.
         activated = int(self.stem_type == "overlap_act")
         x = half(_tier(first) if self.stem_type == "overlap_tiered" else first, name="stem_0")(x)
-        x = nn.gelu(x, approximate=False) if activated else x
+        x = gelu(x) if activated else x
         x = half(first, name=f"stem_{1 + activated}")(x)
         return LayerNorm(dtype=self.dtype, name=f"stem_{2 + activated}")(x)
 

@@ -89,8 +89,8 @@ class ResNet(nn.Module):
     Fields, as in timm:
       block: `basic` or `bottleneck`.
       layers, channels: blocks and base channels of each stage.
-      stem_type: "" (7x7), `deep` (three 3x3 of `stem_width`, `stem_width`, 2 x `stem_width`), `deep_tiered`, or
-        `small` (3x3 without stride or pooling, for images of about 32 pixels; not in timm).
+      stem_type: "" (7x7 of 64), `deep` (three 3x3 of `stem_width`, `stem_width`, 2 x `stem_width`), `deep_tiered`, or
+        `small` (3x3 of `stem_width` without stride or pooling, for images of about 32 pixels; not in timm).
       avg_down: shortcuts average before their 1x1 convolution.
       cardinality, base_width: groups and their width (ResNeXt, Wide ResNet).
       drop_path: largest rate of stochastic depth; drop_rate: dropout before the classifier.
@@ -159,7 +159,7 @@ class ResNet(nn.Module):
         if self.stem_type == "":
             x = layer(64, 7, 2, name="conv1")(x)
         elif self.stem_type == "small":
-            x = layer(self.channels[0], 3, name="conv1")(x)
+            x = layer(self.stem_width, 3, name="conv1")(x)
         elif self.stem_type in ("deep", "deep_tiered"):
             first = self.stem_width if self.stem_type == "deep" else 3 * (self.stem_width // 4)
             x = nn.relu(norm(name="conv1_1")(layer(first, 3, 2, name="conv1_0")(x), train))
