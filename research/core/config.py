@@ -6,6 +6,7 @@ a tuple and every dict a locked ConfigDict, also inside sequences: a config read
 """
 
 import argparse
+import fnmatch
 import importlib.util
 import json
 import os
@@ -22,7 +23,8 @@ from research.core.errors import UserError
 from research.core.overrides import PREFIX, apply, freeze, has_groups, parse, suggest, thaw
 
 FILE = "config.json"
-MAY_CHANGE = ("log_every", "workers")
+# Patterns of the keys that do not touch the result: how often a line or a checkpoint is written, how many decode.
+MAY_CHANGE = ("log.*", "log_every", "save.*", "*workers")
 _ABSENT = object()
 
 
@@ -198,8 +200,8 @@ def difference(a: ConfigDict | dict, b: ConfigDict | dict) -> list[str]:
 def claim(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[str] = MAY_CHANGE) -> bool:
     """Makes `workdir` the run folder of `config`; returns whether it already was, so that the run resumes.
 
-    A new folder gets config.json, written whole or not at all. A folder of the same config is left as it is; keys named
-    in `ignore`, in any group, may differ.
+    A new folder gets config.json, written whole or not at all. A folder of the same config is left as it is; keys that
+    match the patterns in `ignore` may differ.
 
     Raises:
       UserError: the folder belongs to another config (the message lists the difference and the ways out), its
@@ -214,12 +216,7 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[str] 
         folder.mkdir(parents=True, exist_ok=True)
         if _create(file, to_json(config)):
             return False
-    try:
-        old = from_json(file.read_text())
-    except UserError as error:
-        raise UserError(f"{file}: {error}; use another --workdir, or restore the file") from None
-    keep = lambda c: {key: value for key, value in flat(c).items() if key.rpartition(".")[2] not in ignore}
-    lines = difference(keep(old), keep(config))
+    lines = mismatch(folder, config, ignore)
     if lines:
         raise UserError(
             f"{folder} belongs to a run with another config:\n  "
@@ -227,6 +224,25 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[str] 
             + "\nrun it with the same config to resume it, or use another --workdir"
         )
     return True
+
+
+def mismatch(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[str] = MAY_CHANGE) -> list[str]:
+    """Lines `key: theirs -> ours` where `config` differs from that of the run folder; none for a folder without one.
+
+    Raises UserError where the folder's config.json cannot be read.
+    """
+    file = pathlib.Path(workdir) / FILE
+    if not file.exists():
+        return []
+    try:
+        old = from_json(file.read_text())
+    except UserError as error:
+        raise UserError(f"{file}: {error}; use another --workdir, or restore the file") from None
+
+    def kept(leaves: dict[str, Any]) -> dict[str, Any]:
+        return {key: v for key, v in leaves.items() if not any(fnmatch.fnmatchcase(key, p) for p in ignore)}
+
+    return difference(kept(flat(old)), kept(flat(config)))
 
 
 def _create(file: pathlib.Path, text: str) -> bool:

@@ -52,12 +52,12 @@ def cli(main: Callable[..., int | None]) -> Callable[..., int]:
     program = main.__module__.rpartition(".")[2]
 
     @functools.wraps(main)
-    def run(argv: list[str] | None = None) -> int:
+    def run(argv: list[str] | None = None, **options) -> int:
         arguments = list(sys.argv[1:] if argv is None else argv)
         whole = "--traceback" in arguments or os.environ.get(ENVIRONMENT, "") not in ("", "0")
         name = pathlib.Path(sys.argv[0]).stem if program == "__main__" else program
         try:
-            return main([a for a in arguments if a != "--traceback"]) or 0
+            return main([a for a in arguments if a != "--traceback"], **options) or 0
         except KeyboardInterrupt:
             print(f"{name}: interrupted", file=sys.stderr)
             return 130
