@@ -1,0 +1,59 @@
+"""Metrics as (sum, count) pairs: exact over padded examples, unequal batches and any sharding.
+
+A metric is a dict entry name -> (sum, count) of two scalars. Sums add up over batches and devices; the ratio is taken
+once, at the end.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+def mean(values: jax.Array, mask: jax.Array | None = None) -> Pair:
+    """The pair of a per-example quantity.
+
+    Args:
+      values: (B,) per-example values; a masked example's may be anything, NaN included.
+      mask: (B,), 1 for real examples and 0 for padding; None counts all.
+    """
+    dtype = jnp.float64 if values.dtype == jnp.float64 else jnp.float32
+    values = jnp.asarray(values, dtype)
+    if mask is None:
+        return jnp.sum(values), jnp.asarray(values.size, dtype)
+    weights = jnp.asarray(mask, dtype)
+    return jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights)
+
+
+def topk_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, k: int = 1) -> jax.Array:
+    """How many real examples have their label among the `k` largest logits: the sum of a top-k accuracy.
+
+    Ties go to the lower class, as in a stable sort; a row with NaN or infinity is wrong.
+
+    Args:
+      logits: (B, C); labels: (B,) int; mask: (B,) as in `mean`.
+    """
+    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, :]
+    own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
+    before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
+    hit = (jnp.sum(before, axis=-1) < k) & jnp.all(jnp.isfinite(logits), axis=-1)
+    return mean(hit, mask)[0]
+
+
+def merge(*metrics: Mapping[str, Pair]) -> dict[str, Pair]:
+    """Sums of the pairs of several batches; a name may be missing in some of them."""
+    total: dict[str, Pair] = {}
+    for found in metrics:
+        for name, (value, count) in found.items():
+            old = total.get(name)
+            total[name] = (value, count) if old is None else (old[0] + value, old[1] + count)
+    return total
+
+
+def finish(metrics: Mapping[str, Pair]) -> dict[str, float]:
+    """The ratios, as Python floats on the host, in float64; a metric that counted nothing is NaN."""
+    fetched = {name: tuple(map(np.float64, pair)) for name, pair in jax.device_get(dict(metrics)).items()}
+    return {name: float(total / count) if count else float("nan") for name, (total, count) in fetched.items()}

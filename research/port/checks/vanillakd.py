@@ -1,0 +1,43 @@
+"""Golden checks of VanillaKD's recipe: schedule, optimiser, targets and losses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.core import optim, schedules
+from research.port.checks.convnets import check_convnextv2
+from research.port.verify import Golden
+
+
+def lr_schedule(golden: Golden) -> dict[str, np.ndarray]:
+    """The learning rate during each epoch of every recipe in the file."""
+
+    def rates(recipe, lr, epochs, **options):
+        options = {k: v for k, v in options.items() if k in ("warmup_lr", "warmup_epochs", "min_lr", "warmup_prefix")}
+        rate = schedules.schedule("cosine", lr=lr, steps=epochs * 10, steps_per_epoch=10, **options)
+        return jax.vmap(rate)(10 * jnp.arange(golden.y[f"lr_{recipe}"].size) + 3)
+
+    return {f"lr_{recipe}": rates(recipe, **kwargs) for recipe, kwargs in golden.kwargs.items()}
+
+
+def lamb(golden: Golden) -> dict[str, np.ndarray]:
+    """Parameters after each step of timm's LAMB, with the file's gradients and learning rates."""
+    rates = jnp.asarray(golden.x["lr"] if "lr" in golden.x else golden.kwargs["lr_per_step"])
+    tx = optim.optimizer(
+        "lamb",
+        lambda step: rates[step],
+        weight_decay=golden.kwargs["weight_decay"],
+        no_decay=(*golden.kwargs.get("no_weight_decay", ("^tok$",)), r"\.bias$"),
+    )
+    params = {name: jnp.asarray(value) for name, value in golden.w.items()}
+    state, outputs = tx.init(params), {}
+    for step in range(len(rates)):
+        grads = {name: jnp.asarray(golden.x[f"grad_{step}_{name}"]) for name in params}
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        outputs |= {f"param_{step}_{name}": value for name, value in params.items()}
+    return outputs
+
+
+CHECKS = {"convnextv2": check_convnextv2, "lr_schedule": lr_schedule, "lamb": lamb}
