@@ -28,8 +28,8 @@ def mean(values: jax.Array, mask: jax.Array | None = None) -> Pair:
     return jnp.sum(jnp.where(weights > 0, values, 0) * weights), jnp.sum(weights)
 
 
-def topk_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, k: int = 1) -> jax.Array:
-    """How many real examples have their label among the `k` largest logits: the sum of a top-k accuracy.
+def topk_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, k: int = 1) -> Pair:
+    """How many real examples have their label among the `k` largest logits, and how many there are.
 
     Ties go to the lower class, as in a stable sort; a row with NaN or infinity is wrong.
 
@@ -40,14 +40,19 @@ def topk_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = 
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
     hit = (jnp.sum(before, axis=-1) < k) & jnp.all(jnp.isfinite(logits), axis=-1)
-    return mean(hit, mask)[0]
+    return mean(hit, mask)
 
 
 def merge(*metrics: Mapping[str, Pair]) -> dict[str, Pair]:
-    """Sums of the pairs of several batches; a name may be missing in some of them."""
+    """Sums of the pairs of several batches; a name may be missing in some of them.
+
+    Values already on the host add up in float64, so that a long evaluation loses nothing.
+    """
+    wide = lambda value: value if isinstance(value, jax.Array) else np.float64(value)
     total: dict[str, Pair] = {}
     for found in metrics:
-        for name, (value, count) in found.items():
+        for name, pair in found.items():
+            value, count = map(wide, pair)
             old = total.get(name)
             total[name] = (value, count) if old is None else (old[0] + value, old[1] + count)
     return total
