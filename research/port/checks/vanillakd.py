@@ -6,6 +6,7 @@ import numpy as np
 import optax
 
 from research.core import optim, schedules
+from research.data import mixup
 from research.port.checks.convnets import check_convnextv2
 from research.port.verify import Golden
 
@@ -40,4 +41,23 @@ def lamb(golden: Golden) -> dict[str, np.ndarray]:
     return outputs
 
 
-CHECKS = {"convnextv2": check_convnextv2, "lr_schedule": lr_schedule, "lamb": lamb}
+def mixup_cutmix(golden: Golden) -> dict[str, np.ndarray]:
+    """Mixed images and targets for the file's lam and box; the cutmix target has the corrected lam."""
+    images = jnp.moveaxis(jnp.asarray(golden.x["image"]), 1, -1)
+    labels, lam = jnp.asarray(golden.x["target"]), jnp.asarray(golden.x["lam"])
+    box = tuple(golden.x["cutmix_bbox_yl_yh_xl_xh"])
+    corrected = mixup.corrected_lam(box, *images.shape[1:3], dtype=lam.dtype)
+    options = {
+        "num_classes": golden.kwargs.get("num_classes") or golden.y["target_mixup"].shape[-1],
+        "smoothing": golden.kwargs.get("label_smoothing", 0.1),
+    }
+    return {
+        "image_mixup": jnp.moveaxis(mixup.mixup(images, lam), -1, 1),
+        "image_cutmix": jnp.moveaxis(mixup.cutmix(images, box), -1, 1),
+        "cutmix_corrected_lam": corrected,
+        "target_mixup": mixup.mixed_target(labels, lam, **options),
+        "target_cutmix": mixup.mixed_target(labels, corrected, **options),
+    }
+
+
+CHECKS = {"mixup_cutmix": mixup_cutmix, "convnextv2": check_convnextv2, "lr_schedule": lr_schedule, "lamb": lamb}
