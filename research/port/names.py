@@ -83,7 +83,10 @@ def drop_ignored(state: Mapping[str, np.ndarray], ignore: Iterable[str] = ()) ->
 
 
 def difference(shapes, state: Mapping[str, np.ndarray], rules: Rules) -> str:
-    """What keeps `state` from filling a tree of `shapes`: its missing, unused and mis-shaped names as text, or ""."""
+    """What keeps `state` from filling a tree of `shapes`: missing, unused and mis-shaped names, or "" if nothing does.
+
+    The first line of the text counts them, the others list them.
+    """
     names, flat = table(shapes, rules), traverse_util.flatten_dict(shapes)
     missing = sorted(set(names) - set(state))
     unused = sorted(set(state) - set(names))
@@ -93,12 +96,15 @@ def difference(shapes, state: Mapping[str, np.ndarray], rules: Rules) -> str:
         for name, shape in expected.items()
         if name in state and _squeezed(state[name].shape) != _squeezed(shape)
     ]
-    parts = [
-        _report("missing (the model has them, the file has not)", [f"{n} {expected[n]}" for n in missing]),
-        _report("unused (the file has them, the model has not)", [f"{n} {tuple(state[n].shape)}" for n in unused]),
-        _report("of another shape", wrong),
-    ]
-    return "\n".join(part for part, found in zip(parts, (missing, unused, wrong), strict=True) if found)
+    parts = {
+        "missing (the model has them, the file has not)": [f"{name} {expected[name]}" for name in missing],
+        "unused (the file has them, the model has not)": [f"{name} {tuple(state[name].shape)}" for name in unused],
+        "of another shape": wrong,
+    }
+    if not any(parts.values()):
+        return ""
+    summary = f"{len(missing)} of {len(names)} names missing, {len(unused)} unused, {len(wrong)} of another shape"
+    return "\n".join([summary, *(_report(title, lines) for title, lines in parts.items() if lines)])
 
 
 def from_official(shapes, state: Mapping[str, np.ndarray], rules: Rules, *, ignore: Iterable[str] = ()) -> dict:
@@ -116,7 +122,7 @@ def from_official(shapes, state: Mapping[str, np.ndarray], rules: Rules, *, igno
     """
     state = drop_ignored(state, ignore)
     if found := difference(shapes, state, rules):
-        raise ValueError(f"the weights do not fit the model:\n{found}")
+        raise ValueError(f"the weights do not fit the model: {found}")
     flat = traverse_util.flatten_dict(shapes)
     return traverse_util.unflatten_dict(
         {path: _import(path, np.asarray(state[name]), flat[path].shape) for name, path in table(shapes, rules).items()}

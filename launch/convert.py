@@ -1,0 +1,53 @@
+"""Converts checkpoints between official names and ours: `python -m launch.convert --model M --from FILE --to FILE`.
+
+    python -m launch.convert --model resnet50 --from resnet50_a1.safetensors --to weights/
+    python -m launch.convert --model resnet50 --from weights/resnet50.safetensors --to resnet50_official.safetensors
+
+A file under official names becomes variables under our paths; one of ours becomes official. `--dialect` says whose
+names the official side uses. `--to` a folder writes `<model>.safetensors` there. PyTorch files need the `torch` extra.
+"""
+
+import argparse
+import pathlib
+
+from research.core.errors import UserError, cli
+from research.port import checkpoint
+
+
+@cli
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="a variant of research.backbones")
+    parser.add_argument("--from", required=True, dest="source", metavar="FILE", type=pathlib.Path)
+    parser.add_argument("--to", required=True, dest="target", metavar="FILE_OR_FOLDER", type=pathlib.Path)
+    parser.add_argument("--dialect", help="whose names the official side uses; by default the best fit, or the first")
+    parser.add_argument("--num-classes", type=int, help="classes the network has; by default as many as the file")
+    parser.add_argument("--new-head", type=int, metavar="SEED", help="initialise the classifier instead of reading it")
+    parser.add_argument("--image-size", type=int, help="side of the images to resample learned positions for")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    args = parser.parse_args(argv)
+
+    target = args.target if args.target.suffix else args.target / f"{args.model}.safetensors"
+    if target.exists() and not args.overwrite:
+        raise UserError(f"{target} exists: choose another --to, or pass --overwrite")
+    file = checkpoint.read(args.model, args.source, args.dialect)
+    classes = checkpoint.class_count(file.state, checkpoint.network(args.model).head(file.rules))
+    variables = checkpoint.fill(
+        args.model,
+        file,
+        num_classes=classes if args.num_classes is None else args.num_classes,
+        image_size=args.image_size,
+        new_head=args.new_head,
+    )
+    if file.ours:
+        checkpoint.save_official(variables, args.model, target, dialect=args.dialect)
+    else:
+        checkpoint.save_variables(variables, target)
+    print(f"{args.model}: {args.source} -> {target} ({'official names' if file.ours else 'our names'})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
