@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from research.core.config import MAY_CHANGE
 
-METHOD_KEYS = ("students.*.loss*", "students.*.name", "student.loss*", "loss*", "distill.*")
+METHOD_KEYS = ("students.*.loss*", "students.*.hint*", "students.*.group", "student.loss*", "loss*", "distill.*")
 HARMLESS = (*MAY_CHANGE, "method_keys*")
 SEED = "seed"
 LOWER_IS_BETTER = ("loss", "error", "nll", "ece", "perplexity", "mae", "mse", "rmse", "fid", "seconds")
@@ -61,7 +61,7 @@ def shorten(keys: Sequence[str]) -> list[str]:
 def _show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "(" + ",".join(map(_show, value)) + ")"
-    return str(value)
+    return str(value) if value != "" else "none"
 
 
 class Statistic(NamedTuple):

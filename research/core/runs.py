@@ -2,7 +2,7 @@
 
 A run folder holds `config.json`, `metrics.jsonl`, `environment.json` and, where it was counted, `cost.json`. A row of
 `metrics.jsonl` is {"step", "time", "kind": train | eval | done, "<name>": number, ...}. A run that trains several
-students in one step writes `eval/<arm>/<metric>`; a run of one student writes `eval/<metric>`, and its arm is "".
+students in one step writes `eval/<arm>/<metric>`; a run of one network writes `eval/<metric>`, and its arm is "".
 """
 
 import dataclasses
@@ -20,9 +20,7 @@ from research.core.errors import UserError
 CONFIG, METRICS, ENVIRONMENT, COST = "config.json", "metrics.jsonl", "environment.json", "cost.json"
 SERIES = ("eval", "train")
 TEACHER = "teacher"  # a network that is evaluated for reference and takes no part in the comparison
-# Per-step time and throughput, by the names under which a row may carry them.
-SECONDS = ("seconds_per_step", "step_seconds", "step_time")
-RATES = ("examples_per_second", "examples_per_s", "examples/s")
+SECONDS, MEMORY = "train/seconds_per_step", "train/memory_gb"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,43 +72,46 @@ class Run:
         return {metric: value for metric, (step, value) in points.items() if step == newest}
 
     def seconds_per_step(self) -> float | None:
-        """Median seconds a training step, as logged, else from the times between rows; None before two rows."""
-        train = [row for row in self.rows if row.get("kind") == "train"]
-        logged = [row[name] for row in train for name in SECONDS if name in row]
-        if not logged and (rates := [row[name] for row in train for name in RATES if row.get(name)]):
-            logged = [self.config["batch_size"] / rate for rate in rates if "batch_size" in self.config]
-        if not logged:
-            pairs = zip(train, train[1:], strict=False)
-            logged = [(b["time"] - a["time"]) / (b["step"] - a["step"]) for a, b in pairs if b["step"] > a["step"]]
-        # The first interval holds the compilation.
-        steady = logged[1:] or logged
-        return statistics.median(steady) if steady else None
+        """Median seconds a training step over the logged rows but the first, which holds the compilation."""
+        logged = [row[SECONDS] for row in self.rows if row.get(SECONDS)]
+        return statistics.median(logged[1:] or logged) if logged else None
 
     def examples_per_second(self) -> float | None:
         """Global examples a second of training, from the batch size and the time a step."""
         seconds = self.seconds_per_step()
         return self.config["batch_size"] / seconds if seconds and self.config.get("batch_size") else None
 
+    def seconds(self) -> float | None:
+        """Seconds from the first row to the last, evaluations included; pauses of a resumed run count too."""
+        return self.rows[-1]["time"] - self.rows[0]["time"] if len(self.rows) > 1 else None
+
+    def memory_gb(self) -> float | None:
+        """Most memory in use, as logged."""
+        return max((row[MEMORY] for row in self.rows if row.get(MEMORY)), default=None)
+
     def cost_of(self, arm: str) -> dict[str, Any]:
-        """`params` and `macs` of the network of `arm`, as far as `cost.json` names them."""
+        """`params` and `macs` of the network of `arm`: the entry of that name in `cost.json`, or its only content."""
         own = self.cost.get(arm, self.cost)
         return own if isinstance(own, dict) else {}
 
     def _named_arms(self) -> set[str]:
         """The names that stand for a network in a metric's name: the config's students, else whatever has a metric."""
         students = self.config.get("students")
-        if isinstance(students, list) and all(isinstance(s, dict) and s.get("name") for s in students):
-            return {s["name"] for s in students} | {TEACHER}
+        if isinstance(students, dict) and students:
+            return {*students, TEACHER}
         parts = [name.split("/") for row in self.rows for name in row if name.startswith("eval/")]
-        return {p[1] for p in parts if len(p) >= 3 and p[1] != "ema"}
+        return {p[1] for p in parts if len(p) >= 3 and not p[1].startswith("ema")}
 
 
 def _split(name: str, arms: set[str]) -> tuple[str, str, str] | None:
     kind, _, rest = name.partition("/")
     if kind not in SERIES or not rest:
         return None
-    first, _, metric = rest.partition("/")
-    return (kind, first, metric) if metric and first in arms else (kind, "", rest)
+    parts = rest.split("/")
+    arm = next((part for part in parts if part in arms), "") if len(parts) > 1 else ""
+    if arm:
+        parts.remove(arm)
+    return kind, arm, "/".join(parts)
 
 
 def read(folder: str | os.PathLike) -> Run:
@@ -143,6 +144,8 @@ def find(paths: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
             raise FileNotFoundError(f"{path}: no such run folder")
         own = [path] if any((path / name).is_file() for name in (CONFIG, METRICS)) else []
         runs = own or sorted({file.parent for name in (CONFIG, METRICS) for file in path.rglob(name)}, key=_natural)
+        # A run may keep another inside its folder, such as the teacher it trained first: that one is not compared.
+        runs = [run for run in runs if not any(parent in runs for parent in run.parents)]
         if not runs:
             raise UserError(f"{path}: no run here; a run folder holds {CONFIG} and {METRICS}")
         found.update(dict.fromkeys(runs))

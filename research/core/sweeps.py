@@ -63,8 +63,8 @@ def split(text: str) -> list[str]:
 def grid(axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     """All combinations of the axes' values, the last axis fastest."""
     for key, values in axes.items():
-        if len(set(values)) != len(values) or "" in values:
-            raise UserError(f"--sweep.{key}={','.join(values)}: values must be given, and each once")
+        if len(set(values)) != len(values) or list(values) == [""]:
+            raise UserError(f"--sweep.{key}={','.join(values)}: give its values, each once")
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 

@@ -1,0 +1,142 @@
+"""Numbers as people read them, and the table for a terminal."""
+
+import math
+from typing import NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+from scipy import stats
+
+from research.core import compare
+from research.core.report.summary import Arm, Metric, Summary
+
+MISSING = "–"
+
+
+class Cell(NamedTuple):
+    """A value of the table: its text, and whether it is the best of its column or not clear of zero."""
+
+    text: str
+    best: bool = False
+    faint: bool = False
+
+
+def value(statistic: compare.Statistic | None, metric: Metric, signed: bool = False) -> str:
+    """`97.41 ± 0.22`, in percent for shares; a dash without values, no spread for a single one."""
+    if statistic is None:
+        return MISSING
+    scale = 100 if metric.percent else 1
+    places = 2 if metric.percent else _places(statistic)
+    text = f"{statistic.mean * scale:{'+' if signed else ''}.{places}f}".replace("-", "−")
+    return text if statistic.std is None else f"{text} ± {statistic.std * scale:.{places}f}"
+
+
+def _places(statistic: compare.Statistic) -> int:
+    """Decimals that show three digits of the larger of value and spread, at least one."""
+    size = max(abs(statistic.mean), statistic.std or 0)
+    return min(6, max(1, 3 - math.ceil(math.log10(size)))) if size else 1
+
+
+def unit(metric: Metric) -> str:
+    """The unit behind the metric's name."""
+    return " %" if metric.percent else ""
+
+
+def interval(statistic: compare.Statistic) -> tuple[float, float] | None:
+    """The 95 % interval of the mean by Student's t; None for a single value."""
+    if statistic.std is None:
+        return None
+    half = float(stats.t.ppf(0.975, statistic.n - 1)) * statistic.std / math.sqrt(statistic.n)
+    return statistic.mean - half, statistic.mean + half
+
+
+def clear(statistic: compare.Statistic) -> bool:
+    """Whether the 95 % interval of a gap leaves out zero."""
+    found = interval(statistic)
+    return found is not None and (found[0] > 0 or found[1] < 0)
+
+
+def cells(summary: Summary, arm: Arm) -> list[Cell]:
+    """The row of an arm: seeds, the primary metric's gap to the baseline, then every metric."""
+    metric = summary.primary
+    found = [Cell(str(len(arm.values(metric.name))) if metric else "0")]
+    for m in summary.metrics:
+        statistic = compare.statistic(list(arm.values(m.name).values()))
+        found.append(Cell(value(statistic, m), best=arm.label in summary.best(m) and not arm.reference))
+        if m is metric and summary.baseline is not None:
+            gap = summary.gap(arm, m)
+            found.append(Cell(value(gap, m, signed=True) if gap else "", faint=gap is not None and not clear(gap)))
+    return found
+
+
+def columns(summary: Summary) -> list[str]:
+    """The headings that go with `cells`."""
+    found = ["n"]
+    for metric in summary.metrics:
+        found.append(metric.name.replace("/", " ") + unit(metric) + (" ↓" if metric.lower else ""))
+        if metric is summary.primary and summary.baseline is not None:
+            found.append(f"over {summary.baseline.label}")
+    return found
+
+
+def headline(summary: Summary) -> str:
+    """The result in one sentence, with no more claimed than the seeds carry."""
+    metric, base = summary.primary, summary.baseline
+    if metric is None:
+        return "No run has been evaluated yet."
+    if not any(arm.values(metric.name) for arm in summary.compared):
+        return "No run is finished yet; the curves show what there is."
+    name = metric.name.replace("/", " ")
+    if base is None:
+        arm = summary.compared[0]
+        statistic = compare.statistic(list(arm.values(metric.name).values()))
+        return f"{name} {value(statistic, metric)}{unit(metric)} over {_seeds(statistic.n)}."
+    best = summary.best(metric)
+    arm = next(arm for arm in summary.compared if arm.label == best[0]) if best else base
+    gap = summary.gap(arm, metric)
+    start = f"{' and '.join(best)} {'have' if len(best) > 1 else 'has'} the best mean {name}"
+    statistic = compare.statistic(list(arm.values(metric.name).values()))
+    start += f", {value(statistic, metric)}{unit(metric)} over {_seeds(statistic.n)}"
+    if gap is None:
+        return f"{start}: no arm improves on the baseline {base.label}." if best == [base.label] else f"{start}."
+    points = " points" if metric.percent else ""
+    verdict = "" if clear(gap) else f"; {_seeds(gap.n)} cannot tell this gap from zero"
+    return f"{start}: {value(gap, metric, signed=True)}{points} over {base.label}{verdict}."
+
+
+def _seeds(n: int) -> str:
+    return "one seed" if n == 1 else f"{n} seeds"
+
+
+def quantity(number: float | None, unit: str = "") -> str:
+    """`4.1 M`, `11.2 k`, `0.27 G`; a dash for None."""
+    if number is None:
+        return MISSING
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g} {letter}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def duration(seconds: float | None) -> str:
+    """`820 ms`, `12.4 s`, `3 min 5 s`, `2 h 10 min`; a dash for None."""
+    if seconds is None:
+        return MISSING
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(summary: Summary) -> Table:
+    """The result as a rich table."""
+    found = Table(title=summary.title, caption=headline(summary), title_justify="left", caption_justify="left")
+    found.add_column("arm")
+    for heading in columns(summary):
+        found.add_column(heading, justify="right", no_wrap=True)
+    for arm in summary.arms:
+        row = [Text(c.text, style="bold" if c.best else "dim" if c.faint else "") for c in cells(summary, arm)]
+        found.add_row(arm.label, *row, style="dim" if arm.reference else "")
+    return found

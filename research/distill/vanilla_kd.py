@@ -1,0 +1,252 @@
+"""VanillaKD: plain distillation of logits at scale, several students sharing each teacher forward.
+
+Source: "Revisit the Power of Vanilla Knowledge Distillation", arXiv 2305.15781. Per step the batch is mixed once
+(mixup, cutmix), the teacher runs once in eval mode, and every arm of `config.students` computes
+
+    label_weight * L_label(z_s, y_mix) + loss_weight * L(z_s, z_t, y_mix) + hint_weight * L_hint
+
+with its own model, optimiser and loss. Teacher and students see the same mixed image, each with its own normalisation
+(the published runs fed the teacher with the student's). Arms of equal model and options start from equal weights. An arm
+without `loss` and `hint` is plain supervised training, and without a teacher all arms are: so a teacher is trained here too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.backbones import classify
+from research.core import experiment as engine
+from research.core import metrics as metrics_lib
+from research.core import optim, schedules, scope
+from research.data import mixup
+from research.distill import losses
+from research.distill.ground_truth import hard
+from research.port import checkpoint
+
+TEACHER = "teacher"
+RANDOM = "random"  # as teacher.weights: an untrained teacher, to try the plumbing
+
+
+class Arm(NamedTuple):
+    """One student: its network, its losses and its weights in the sum.
+
+    Attributes:
+      label_loss, loss: (logits..., targets) -> scalar mean; None without.
+      hint: a `hints.Hint`, or None.
+      smoothing: label smoothing of the mixed targets.
+      mask: patterns that weight decay spares.
+    """
+
+    network: classify.Network
+    label_loss: Callable
+    loss: Callable | None
+    hint: object | None
+    label_weight: float
+    loss_weight: float
+    hint_weight: float
+    smoothing: float
+
+
+def _mean(function: Callable, relational: bool, group: int | None) -> Callable:
+    """The scalar form of a loss: a mean over examples, or over groups where examples are related to each other."""
+    if relational:
+        return lambda *arrays: scope.by_group(function, group, *arrays)
+    return lambda *arrays: jnp.mean(function(*arrays))
+
+
+def _arm(student: Mapping, config, labels: Callable[[], np.ndarray] | None) -> Arm:
+    group = student.group or None
+    network = classify.network(
+        student.model, config.data.num_classes, config.augment.size, dtype=student.dtype, **student.options
+    )
+    label = losses.pick(losses.LABEL_LOSSES, student.label_loss)
+    loss = hint = None
+    if student.loss:
+        function = losses.pick(losses.LOSSES, student.loss)
+        options = dict(student.loss_options)
+        loss = _mean(lambda s, t, y: function(s, t, y, **options), student.loss in losses.RELATIONAL, group)
+    if student.hint:
+        options = dict(student.hint_options)
+        if student.hint == "crd":
+            options |= {"num_examples": config.data.num_examples, "classes": labels() if labels else None}
+        elif group:
+            options["group"] = group
+        hint = losses.pick(losses.HINTS, student.hint)(**options)
+    return Arm(
+        network,
+        _mean(label, False, None),
+        loss,
+        hint,
+        student.label_weight,
+        student.loss_weight,
+        student.hint_weight,
+        student.smoothing,
+    )
+
+
+def _optimizer(config, student: Mapping):
+    """(gradient transformation, schedule) of one arm: the config's sections with the arm's own values over them."""
+    options = {**config.optimizer, **student.optimizer}
+    extra, lr, clip = dict(options.pop("options")), options.pop("lr"), options.pop("clip")
+    schedule = schedules.schedule(
+        lr=lr, steps=config.steps, steps_per_epoch=config.steps_per_epoch, **config.schedule
+    )
+    return optim.optimizer(schedule=schedule, clip=clip or None, **options, **extra), schedule
+
+
+def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine.Experiment:
+    """The Experiment of a resolved config (`data.num_classes`, `data.num_examples`, `steps`, `steps_per_epoch` known).
+
+    Metrics: `loss` (all arms), `<arm>/loss`, and of the evaluation `<arm>/top1`, `top5`, `loss`, `agreement` (with the
+    teacher's class), and `teacher/top1`, `top5`, `loss`.
+
+    Args:
+      config: see configs.common and configs.distill.
+      labels: gives the class of every training example, which CRD needs to draw negatives of other classes.
+    Raises:
+      ValueError: a teacher without weights, a distillation loss without a teacher, unknown losses or models.
+    """
+    arms = {name: _arm(student, config, labels) for name, student in config.students.items()}
+    teacher = _teacher(config)
+    if not arms:
+        raise ValueError("students: no arm to train; add one, such as config.students.kd")
+    needy = [name for name, arm in arms.items() if arm.loss or arm.hint]
+    if needy and teacher is None:
+        raise ValueError(f"students.{needy[0]} distils but there is no teacher: set teacher.model, or loss and hint to ''")
+    optimizers, rates = {}, {}
+    for name, student in config.students.items():
+        optimizers[name], rates[name] = _optimizer(config, student)
+
+    def init(key):
+        params, state = {}, {}
+        for name, arm in arms.items():
+            # All arms draw from one key: equal models start equal.
+            own, model_state = arm.network.init(key)
+            adaptor, adaptor_state = _init_hint(arm, teacher, key)
+            params[name] = {"model": own, "adaptor": adaptor}
+            state[name] = {"model": model_state, "adaptor": adaptor_state}
+        return params, state
+
+    def frozen(key):
+        if teacher is None:
+            return {}
+        params, model_state = teacher.init(key)
+        return {"params": _cast(params, teacher.module.dtype), "model_state": model_state}
+
+    def weights():
+        found = {}
+        if teacher is not None and config.teacher.weights != RANDOM:
+            params, model_state = _pretrained(config.teacher, teacher, config.data.num_classes)
+            found["frozen"] = {"params": params, "model_state": model_state}
+        for name, student in config.students.items():
+            if student.weights:
+                params, model_state = _pretrained(student, arms[name].network, config.data.num_classes)
+                new = {"params": {name: {"model": params}}, "model_state": {name: {"model": model_state}}}
+                for part in (found, *(found.setdefault("ema", {}).setdefault(f"ema{d}", {}) for d in config.ema)):
+                    for field, value in new.items():
+                        part.setdefault(field, {}).update(value)
+        return found
+
+    def loss(params, model_state, batch, context):
+        mix_key, hint_key, key = jax.random.split(context.key, 3)
+        images, mixed = mixup.mix(mix_key, classify.unit(batch["image"]), batch["label"], **_mix(config))
+        if teacher is not None:
+            fixed = context.frozen
+            known, taught, _ = teacher.apply(fixed["params"], fixed["model_state"], images)
+            known, taught = jax.lax.stop_gradient((known, taught))
+        total, new, metrics = 0.0, {}, {}
+        for name, arm in arms.items():
+            y = mixup.mixed_target(mixed, config.data.num_classes, arm.smoothing)
+            own, old = params[name], model_state[name]
+            logits, endpoints, state = arm.network.apply(own["model"], old["model"], images, train=True, key=key)
+            value = arm.label_weight * arm.label_loss(logits, y)
+            adaptor = old["adaptor"]
+            if arm.loss:
+                value = value + arm.loss_weight * arm.loss(logits, known, y)
+            if arm.hint:
+                epoch = context.step // config.steps_per_epoch
+                extra = {"labels": y, "index": batch["index"], "key": hint_key, "epoch": epoch}
+                hinted, adaptor = arm.hint.apply(own["adaptor"], old["adaptor"], endpoints, taught, **extra)
+                value = value + arm.hint_weight * hinted
+            new[name] = {"model": state, "adaptor": adaptor}
+            metrics[f"{name}/loss"] = engine.scalar(value)
+            total = total + value
+        return total, engine.Output(new, metrics | {"loss": engine.scalar(total)})
+
+    def evaluate(params, model_state, batch, fixed):
+        images, metrics = classify.unit(batch["image"]), {}
+        if teacher is not None:
+            known, _, _ = teacher.apply(fixed["params"], fixed["model_state"], images)
+            metrics |= _named(TEACHER, classify.accuracy(known, batch["label"], batch["mask"]))
+        for name, arm in arms.items():
+            logits, _, _ = arm.network.apply(params[name]["model"], model_state[name]["model"], images)
+            metrics |= _named(name, classify.accuracy(logits, batch["label"], batch["mask"]))
+            if teacher is not None:
+                same = jnp.argmax(logits, -1) == jnp.argmax(known, -1)
+                metrics[f"{name}/agreement"] = metrics_lib.mean(same, batch["mask"])
+        return metrics
+
+    def export(state):
+        averages = {"": {"params": state.params, "model_state": state.model_state}, **state.ema}
+        return {
+            f"{name}_{average}" if average else name: {"params": found["params"][name]["model"], **found["model_state"][name]["model"]}
+            for average, found in averages.items()
+            for name in arms
+        }
+
+    made = engine.supervised(
+        init,
+        loss,
+        evaluate,
+        optim.by_name(optimizers),
+        frozen=frozen,
+        weights=weights,
+        schedule=rates,
+        accumulate=config.parallel.accumulate,
+        ema=tuple(config.ema),
+    )
+    return made._replace(export=export)
+
+
+def _teacher(config) -> classify.Network | None:
+    if not config.teacher.model:
+        return None
+    t = config.teacher
+    return classify.network(t.model, config.data.num_classes, config.augment.size, dtype=t.dtype, **t.options)
+
+
+def _pretrained(part: Mapping, network: classify.Network, num_classes: int):
+    """(params, model_state) from the checkpoint that a teacher's or student's section names."""
+    variables = dict(checkpoint.load(part.model, part.weights, num_classes=num_classes, **part.options))
+    return variables.pop("params"), variables
+
+
+def _init_hint(arm: Arm, teacher: classify.Network | None, key):
+    """(adaptor parameters, adaptor state) for the endpoints the two networks have; both empty without a hint."""
+    if arm.hint is None:
+        return {}, {}
+
+    def endpoints(network):
+        images = jax.ShapeDtypeStruct((2, network.size, network.size, 3), jnp.float32)
+        return jax.eval_shape(lambda images: network.apply(*network.init(key), images)[1], images)
+
+    return arm.hint.init(key, endpoints(arm.network), endpoints(teacher))
+
+
+def _cast(params, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def _named(prefix: str, metrics: engine.Metrics) -> engine.Metrics:
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
+
+
+def _mix(config) -> dict:
+    m = config.mix
+    return {
+        "mixup_alpha": m.mixup, "cutmix_alpha": m.cutmix, "prob": m.prob, "switch_prob": m.switch_prob,
+        "group": m.group or None,
+    }
