@@ -1,0 +1,160 @@
+"""Vision transformers: ViT, DeiT, DeiT with a distillation token, DeiT III.
+
+Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929), Steiner et al. 2021 (augreg, arXiv 2106.10270); Touvron et al. 2021
+(DeiT, arXiv 2012.12877); Touvron et al. 2022 (DeiT III, arXiv 2204.07118). Arguments and official names are timm's.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from research.backbones import HALF, Input
+from research.layers import drop
+from research.layers.norm import LayerNorm
+from research.layers.patch_embed import PatchEmbed
+from research.layers.remat import rematerialised
+from research.layers.transformer import Block
+
+# timm's `trunc_normal_(std=.02)` cuts at +-2, a hundred deviations away: a plain normal distribution.
+normal = nn.initializers.normal(0.02)
+
+
+class ViT(nn.Module):
+    """Image classifier: (B, H, W, 3) -> logits (B, num_classes) and endpoints.
+
+    Fields, as in timm:
+      img_size, patch_size: sides in pixels, or (height, width).
+      embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the blocks.
+      init_values: initial layer scale, None for no layer scale.
+      class_token: a learned first token.
+      distilled: a second one after it, with a classifier of its own.
+      no_embed_class: learned positions for the patches only.
+      global_pool: what the classifier sees: `token` (the normalised class token) or `avg` (the mean of the patches,
+        normalised afterwards).
+      drop_path: largest rate of stochastic depth; drop_rate: dropout before the classifier.
+      remat: see `research.layers.remat`.
+
+    Endpoints: `patch_embed` (without positions), `block01`.., `tokens` (all tokens, normalised where the pooling is
+    `token`), `pooled`; with `distilled` also the logits `head` and `head_dist`. A distilled network's logits are the
+    mean of its heads in evaluation, and those of `head` while training, where `head_dist` learns from the teacher. With
+    `num_classes` 0 the logits are the pooled features.
+    """
+
+    img_size: int | tuple[int, int] = 224
+    patch_size: int | tuple[int, int] = 16
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    init_values: float | None = None
+    class_token: bool = True
+    distilled: bool = False
+    no_embed_class: bool = False
+    global_pool: str = "token"
+    num_classes: int = 1000
+    drop_rate: float = 0.0
+    drop_path: float = 0.0
+    remat: bool | str = False
+    dtype: jnp.dtype = jnp.float32
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before those of the patches."""
+        return int(self.class_token) + int(self.distilled)
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = PatchEmbed(self.embed_dim, self.patch_size, self.img_size, dtype=self.dtype, name="patch_embed")(images)
+        x = x.reshape(x.shape[0], -1, self.embed_dim)
+        endpoints = {"patch_embed": x}
+        x = self._with_positions(x)
+
+        block = rematerialised(Block, self.remat)
+        for index, rate in enumerate(drop.rates(self.drop_path, self.depth)):
+            x = endpoints[f"block{index + 1:02d}"] = block(
+                num_heads=self.num_heads,
+                mlp_ratio=self.mlp_ratio,
+                qkv_bias=self.qkv_bias,
+                init_values=self.init_values,
+                drop_path=rate,
+                dtype=self.dtype,
+                name=f"blocks_{index}",
+            )(x, train)
+
+        averaged = self.global_pool == "avg"
+        norm = LayerNorm(dtype=self.dtype, name="fc_norm" if averaged else "norm")
+        x = endpoints["tokens"] = x if averaged else norm(x)
+        # What each classifier sees: the mean of the patches, or the class token and, distilled, the one after it.
+        seen = [norm(jnp.mean(x[:, self.prefix :], axis=1))] if averaged else [x[:, i] for i in range(self.prefix)]
+        endpoints["pooled"] = sum(seen) / len(seen)
+        if self.num_classes == 0:
+            return endpoints["pooled"], endpoints
+        heads = {}
+        for name, features in zip(("head", "head_dist"), seen, strict=False):
+            features = nn.Dropout(self.drop_rate)(features, deterministic=not train)
+            heads[name] = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=normal, name=name)(features)
+        if self.distilled:
+            endpoints |= heads
+        logits = heads["head"] if train else sum(heads.values()) / len(heads)
+        return logits, endpoints
+
+    def _with_positions(self, x: jax.Array) -> jax.Array:
+        """Puts the learned tokens before the patches (B, N, C) and adds the learned positions."""
+        batch, patches, width = x.shape
+        tokens = []
+        if self.class_token:
+            tokens.append(self.param("cls_token", nn.initializers.normal(1e-6), (1, 1, width)))
+        if self.distilled:
+            tokens.append(self.param("dist_token", normal, (1, 1, width)))
+        length = patches if self.no_embed_class else patches + self.prefix
+        positions = self.param("pos_embed", normal, (1, length, width)).astype(self.dtype)
+        tokens = [jnp.broadcast_to(token.astype(self.dtype), (batch, 1, width)) for token in tokens]
+        if self.no_embed_class:
+            return jnp.concatenate([*tokens, x + positions], axis=1)
+        return jnp.concatenate([*tokens, x], axis=1) + positions
+
+
+def build(**arguments) -> ViT:
+    """The module; see `ViT` for the arguments.
+
+    Raises:
+      ValueError: an unknown pooling, or one that needs a class token the model has not; a distillation token without
+        the pooling by token.
+    """
+    model = ViT(**arguments)
+    if model.global_pool not in ("token", "avg"):
+        raise ValueError(f"global_pool: {model.global_pool!r} is neither 'token' nor 'avg'")
+    if model.global_pool == "token" and not model.class_token:
+        raise ValueError("global_pool='token' needs class_token=True: use global_pool='avg'")
+    if model.distilled and model.global_pool != "token":
+        raise ValueError("distilled=True reads its two tokens: use global_pool='token'")
+    return model
+
+
+_SIZES = {
+    "tiny": {"embed_dim": 192, "num_heads": 3},
+    "small": {"embed_dim": 384, "num_heads": 6},
+    "medium": {"embed_dim": 512, "num_heads": 8},
+    "base": {"embed_dim": 768, "num_heads": 12},
+    "large": {"embed_dim": 1024, "num_heads": 16, "depth": 24},
+}
+_DEIT3 = {"init_values": 1e-6, "no_embed_class": True}
+_VIT = {"tiny": (16,), "small": (32, 16), "base": (32, 16, 8), "large": (32, 16)}
+
+VARIANTS = {
+    **{f"vit_{size}_patch{p}_224": {**_SIZES[size], "patch_size": p} for size in _VIT for p in _VIT[size]},
+    **{f"deit_{size}_patch16_224": _SIZES[size] for size in ("tiny", "small", "base")},
+    **{f"deit_{size}_distilled_patch16_224": {**_SIZES[size], "distilled": True} for size in ("tiny", "small", "base")},
+    **{f"deit3_{size}_patch16_224": {**_SIZES[size], **_DEIT3} for size in ("small", "medium", "base", "large")},
+}
+
+INPUTS = {
+    name: Input(mean=HALF, std=HALF, crop=0.9) if name.startswith("vit_") else Input(crop=0.9) for name in VARIANTS
+}
+
+_BLOCKS = (r"^blocks_(\d+)", r"blocks.\1")
+NAMES = {"timm": [_BLOCKS, (r"gamma_(\d)$", r"ls\1.gamma")], "official": [_BLOCKS]}
+
+# Parameters that timm's `no_weight_decay()` spares, as regular expressions on our paths.
+NO_DECAY = (r"(^|/)(pos_embed|cls_token|dist_token)$",)

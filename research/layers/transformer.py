@@ -1,0 +1,58 @@
+"""The pre-norm transformer block that ViT and BEiT share."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from research.layers.attention import Attention
+from research.layers.drop import DropPath
+from research.layers.mlp import Mlp
+from research.layers.norm import LayerNorm
+from research.layers.position import RelativePositionBias
+
+
+def layer_scale(module: nn.Module, name: str, y: jax.Array, initial: float | None) -> jax.Array:
+    """`y` (..., C) times a learned vector `name` of `module`; `y` itself where `initial` is None (Touvron et al. 2021)."""
+    if initial is None:
+        return y
+    gamma = module.param(name, nn.initializers.constant(initial), (y.shape[-1],))
+    return y * gamma.astype(y.dtype).reshape(*[1] * (y.ndim - 1), -1)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each on normalised tokens and added to them: (B, N, C) -> (B, N, C).
+
+    Fields:
+      mlp_ratio: hidden width of the MLP relative to C.
+      qkv_bias, key_bias: see `Attention`.
+      window: (rows, columns) of the tokens for a bias by relative position, class token first; None for no bias.
+      init_values: initial layer scale of both branches, None for no layer scale.
+      drop_path: rate of stochastic depth.
+      out_init: initialiser of the layers that write to the residual stream.
+    """
+
+    num_heads: int
+    mlp_ratio: float = 4.0
+    qkv_bias: bool = True
+    key_bias: bool = True
+    window: tuple[int, int] | None = None
+    init_values: float | None = None
+    drop_path: float = 0.0
+    out_init: Callable | None = None
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        shared = {"out_init": self.out_init, "dtype": self.dtype}
+        attn = Attention(self.num_heads, self.qkv_bias, self.key_bias, name="attn", **shared)
+        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), name="mlp", **shared)
+        bias = None
+        if self.window is not None:
+            bias = RelativePositionBias(self.window, self.num_heads, class_token=True, name="position")()
+
+        y = attn(LayerNorm(dtype=self.dtype, name="norm1")(x), bias)
+        x = x + DropPath(self.drop_path)(layer_scale(self, "gamma_1", y, self.init_values), train)
+        y = mlp(LayerNorm(dtype=self.dtype, name="norm2")(x))
+        return x + DropPath(self.drop_path)(layer_scale(self, "gamma_2", y, self.init_values), train)
