@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from research.layers.norm import accumulation_dtype
+
 
 def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     """Maximum over `window` x `window`, padded symmetrically with -inf."""
@@ -18,9 +20,10 @@ def avg_pool_ceil(x: jax.Array) -> jax.Array:
     """
     height, width = x.shape[1:3]
     padding = ((0, height % 2), (0, width % 2))
-    total = nn.avg_pool(x, (2, 2), (2, 2), padding) * 4
-    counts = [np.minimum(2, size - 2 * np.arange((size + 1) // 2)) for size in (height, width)]
-    return total / jnp.asarray(counts[0][:, None] * counts[1], x.dtype)[None, :, :, None]
+    wide = x.astype(accumulation_dtype(x))
+    total = nn.pooling.pool(wide, 0.0, jax.lax.add, (2, 2), (2, 2), padding)
+    rows, columns = (np.minimum(2, size - 2 * np.arange((size + 1) // 2)) for size in (height, width))
+    return (total / jnp.asarray(np.outer(rows, columns), wide.dtype)[None, :, :, None]).astype(x.dtype)
 
 
 def global_mean(x: jax.Array) -> jax.Array:
