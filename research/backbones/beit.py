@@ -94,8 +94,8 @@ class Beit(nn.Module):
 def unpatchify(tokens: jax.Array, p: int, grid: tuple[int, int] | None = None) -> jax.Array:
     """A map of finer resolution from tokens: (B, N, p*p*C) -> (B, rows*p, columns*p, C).
 
-    Every token's channels are read as a p x p patch of C channels. So the blocks of a plain transformer become a feature
-    pyramid, for hint losses that expect one (Hao et al. 2023, VanillaKD).
+    Every token's channels are read as a p x p patch of C channels. The blocks of a plain transformer become a feature
+    pyramid so, for hint losses that expect one (Hao et al. 2023, VanillaKD).
 
     Args:
       tokens: patch tokens in row-major order. One leading class token is dropped where the count shows there is one.

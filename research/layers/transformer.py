@@ -14,7 +14,7 @@ from research.layers.position import RelativePositionBias
 
 
 def layer_scale(module: nn.Module, name: str, y: jax.Array, initial: float | None) -> jax.Array:
-    """`y` (..., C) times a learned vector `name` of `module`; `y` itself where `initial` is None (Touvron et al. 2021)."""
+    """`y` (..., C) times the learned vector `name` of `module`; `y` where `initial` is None (Touvron et al. 2021)."""
     if initial is None:
         return y
     gamma = module.param(name, nn.initializers.constant(initial), (y.shape[-1],))

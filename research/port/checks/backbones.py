@@ -6,7 +6,7 @@ import re
 import jax.numpy as jnp
 
 from research.backbones import convnext, resnet
-from research.port.checks import common
+from research.port.checks import common, transformers
 from research.port.names import to_official
 from research.port.verify import Golden
 
@@ -58,4 +58,11 @@ CHECKS = {
     "resnet_train_mode": check_resnet_train,
     "convnext": check_convnext,
     "convnextv2": check_convnext,
+    "vit": transformers.check_vit,
+    "deit_distilled": transformers.check_deit_distilled,
+    "deit3": transformers.check_vit,
+    "beitv2": transformers.check_beit,
+    "swin": transformers.check_swin,
+    "mixer": transformers.check_mixer,
+    "resmlp": transformers.check_resmlp,
 }

@@ -8,6 +8,7 @@ import optax
 from research.core import optim, schedules
 from research.data import mixup
 from research.port.checks.convnets import check_convnextv2
+from research.port.checks.transformers import check_vanillakd_beit
 from research.port.verify import Golden
 
 
@@ -60,4 +61,10 @@ def mixup_cutmix(golden: Golden) -> dict[str, np.ndarray]:
     }
 
 
-CHECKS = {"mixup_cutmix": mixup_cutmix, "convnextv2": check_convnextv2, "lr_schedule": lr_schedule, "lamb": lamb}
+CHECKS = {
+    "beit": check_vanillakd_beit,
+    "convnextv2": check_convnextv2,
+    "lamb": lamb,
+    "lr_schedule": lr_schedule,
+    "mixup_cutmix": mixup_cutmix,
+}

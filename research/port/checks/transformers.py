@@ -1,0 +1,68 @@
+"""Golden checks of vision transformers and mixers against timm."""
+
+import re
+
+import jax.numpy as jnp
+
+from research.backbones import beit, mixer, swin, vit
+from research.port.checks import common
+from research.port.verify import Golden
+
+# Arguments that change nothing in a forward pass in evaluation, or only state what these networks always do.
+NEUTRAL = {"in_chans", "drop_rate", "drop_path_rate", "head_init_scale", "norm_layer", "weight_init"}
+
+
+def arguments(golden: Golden, *neutral: str) -> dict:
+    """The official constructor's arguments without `neutral` ones, computing in float64."""
+    kept = {k: v for k, v in golden.kwargs.items() if k not in NEUTRAL.union(neutral)}
+    return {**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}, "dtype": jnp.float64}
+
+
+def endpoint(module: str) -> str:
+    """Endpoint of timm's module `blocks.B`, `layers.S` or `stem`."""
+    block = re.fullmatch(r"blocks\.(\d+)", module)
+    stage = re.fullmatch(r"layers\.(\d+)", module)
+    if block:
+        return f"block{int(block[1]) + 1:02d}"
+    return f"stage{int(stage[1]) + 1}" if stage else {"stem": "patch_embed"}.get(module, module)
+
+
+def _run(golden: Golden, family, model) -> dict:
+    """All the golden expects of an evaluation: logits, taps and endpoints, with channels last as timm has them here."""
+    outputs, endpoints, _ = common.run(golden, family, model, endpoint, layout=lambda x: x)
+    return endpoints | outputs
+
+
+def check_vit(golden: Golden) -> dict:
+    return _run(golden, vit, vit.build(**arguments(golden)))
+
+
+def check_deit_distilled(golden: Golden) -> dict:
+    return _run(golden, vit, vit.build(distilled=True, **arguments(golden)))
+
+
+def check_beit(golden: Golden) -> dict:
+    return _run(golden, beit, beit.build(**arguments(golden, "global_pool")))
+
+
+def check_mixer(golden: Golden) -> dict:
+    return _run(golden, mixer, mixer.build(**arguments(golden, "global_pool")))
+
+
+def check_resmlp(golden: Golden) -> dict:
+    return _run(golden, mixer, mixer.build(block="resmlp", **arguments(golden, "global_pool", "block_layer")))
+
+
+def check_swin(golden: Golden) -> dict:
+    return _run(golden, swin, swin.build(**arguments(golden, "global_pool")))
+
+
+def check_vanillakd_beit(golden: Golden) -> dict:
+    """VanillaKD's teacher: tokens, logits, the gradient of the summed logits, and tokens unfolded to maps."""
+    model = beit.build(**arguments(golden, "global_pool"))
+    outputs = _run(golden, beit, model)
+    outputs["grad_image_of_logit_sum"] = common.image_gradient(golden, beit, model)
+    for key in golden.y:
+        if match := re.fullmatch(r"unpatchify_p(\d+)", key):
+            outputs[key] = common.nchw(beit.unpatchify(jnp.asarray(golden.x["tokens_for_unpatchify"]), int(match[1])))
+    return outputs
