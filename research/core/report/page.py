@@ -10,10 +10,11 @@ from typing import Any
 from research.core import compare, runs
 from research.core import config as configs
 from research.core.report import fairness, svg, text
-from research.core.report.style import CSS, LIGHT, SCRIPT
+from research.core.report.style import CSS, SCRIPT, STYLES
 from research.core.report.summary import Arm, Metric, Summary
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+CURVES = "Mean over seeds; the band is one standard deviation. Frames fit all but the first fifth of the steps."
 _ABSENT = object()
 
 
@@ -46,7 +47,7 @@ def style(summary: Summary, arm: Arm) -> str:
     if arm is summary.baseline:
         return "sb"
     others = [a for a in summary.compared if a is not summary.baseline]
-    return f"s{others.index(arm) % len(LIGHT)}"
+    return f"s{others.index(arm) % STYLES}"
 
 
 def _e(value: Any) -> str:
@@ -59,8 +60,9 @@ def _swatch(summary: Summary, arm: Arm) -> str:
 
 def _table(head: Sequence[str], rows: Iterable[str], caption: str, words: bool = False) -> str:
     cells = "".join(f'<th scope="col">{_e(name)}</th>' for name in head)
+    kind = _class("words" if words else "")
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{_e(caption)}"><table{_class("words" if words else "")}>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{_e(caption)}"><table{kind}>'
         f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -83,9 +85,14 @@ def _head(summary: Summary) -> str:
     notes = "".join(f"<li>{_e(note)}</li>" for note in summary.notes)
     aside = f'<aside role="note"><b>Incomplete</b><ul>{notes}</ul></aside>' if notes else ""
     return (
-        f'<header><h1>{_e(summary.title)}</h1><p class="lead">{_e(text.headline(summary))}</p>'
+        f'<header><h1>{_e(summary.title)}</h1><p class="lead">{_e(_together(text.headline(summary)))}</p>'
         f'<p class="facts">{_e(" · ".join(facts))}</p>{aside}</header>'
     )
+
+
+def _together(sentence: str) -> str:
+    """The sentence with no line break inside `96.35 ± 0.32 %`."""
+    return sentence.replace(" ± ", "\u00a0±\u00a0").replace(" %", "\u00a0%")
 
 
 def _result(summary: Summary) -> str:
@@ -141,12 +148,14 @@ def _curves(summary: Summary) -> str:
             own = kind == "train" and len(bands) > 1
             note = ": each arm's own objective, not to be compared" if own else ""
             caption = f"<figcaption><b>{_e(title)}{' %' if percent else ''}</b>{_e(note)}</figcaption>"
-            figures.append(f"<figure>{caption}{svg.lines(bands, title, percent)}</figure>")
+            size = svg.HALF if figures else svg.WHOLE
+            chart = svg.lines(bands, title, percent, size)
+            figures.append(f"<figure{_class('' if figures else 'whole')}>{caption}{chart}</figure>")
     if not figures:
         return ""
     items = "".join(f"<li>{_swatch(summary, arm)}{_e(arm.label)}</li>" for arm in summary.compared)
     return (
-        f'<section><h2>Curves</h2><p class="quiet">Mean over seeds; the band is one standard deviation.</p>'
+        f'<section><h2>Curves</h2><p class="quiet">{_e(CURVES)}</p>'
         f'<ul class="legend">{items}</ul><div class="charts">{"".join(figures)}</div></section>'
     )
 
@@ -220,11 +229,12 @@ def _environment(summary: Summary) -> str:
     common, differ = fairness.environments(summary)
     if not common and not differ:
         return ""
-    rows = [_row(_e(key.removeprefix("packages.")), [("", _show(value))]) for key, value in common.items()]
+    told = {key: _show(value) for key, value in common.items()}
     for key in differ:
         values = {_show(configs.flat(run.environment).get(key, _ABSENT)): None for run in summary.runs}
-        rows.append(_row(_e(key.removeprefix("packages.")), [("", ", ".join(values))]))
-    return f"<section><h2>Environment</h2>{_table(['', ''], rows, 'Environment', words=True)}</section>"
+        told[key] = " or ".join(values)
+    items = "".join(f"<div><dt>{_e(k.removeprefix('packages.'))}</dt><dd>{_e(v)}</dd></div>" for k, v in told.items())
+    return f"<section><h2>Environment</h2><dl>{items}</dl></section>"
 
 
 def _runs(summary: Summary) -> str:
@@ -238,5 +248,3 @@ def _runs(summary: Summary) -> str:
         more = f"<details><summary>command</summary><code>{_e(words)}</code></details>" if words else ""
         rows.append(_row(name + more, [("", value) for value in found]))
     return f"<section><h2>Runs</h2>{_table(['', 'seed', 'state', 'steps', 'wall time'], rows, 'Runs')}</section>"
-
-

@@ -3,11 +3,13 @@
 # Hues that stay apart for the common colour deficiencies, in a shade for paper and one for a dark ground.
 LIGHT = ("#2464a8", "#c4610c", "#1d8263", "#a8478a", "#6d58c6", "#84750f", "#13859c", "#bd3e38")
 DARK = ("#6ea8e6", "#eb9a4c", "#55bf9b", "#dd86bf", "#a797f0", "#c7b54f", "#56bccf", "#ef8079")
-DASHES = ("none", "7 3", "2.5 2.5", "9 3 2 3")
+DASHES = ("none", "7 3", "2.5 2.5")  # where the hues are used up
+STYLES = len(LIGHT) * len(DASHES)
 
 
 def _series() -> str:
-    rules = [f".s{i}{{--c:var(--c{i});--dash:{DASHES[i // 4 % 4]}}}" for i in range(len(LIGHT))]
+    hues = len(LIGHT)
+    rules = [f".s{i}{{--c:var(--c{i % hues});--dash:{DASHES[i // hues]}}}" for i in range(STYLES)]
     return "\n".join([*rules, ".sb{--c:var(--soft);--dash:none}", ".sr{--c:var(--faint);--dash:3 3}"])
 
 
@@ -16,10 +18,10 @@ def _colours(shades: tuple[str, ...]) -> str:
 
 
 CSS = f"""
-:root{{color-scheme:light dark;--ground:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#5b6068;--faint:#8b8f96;
+:root{{color-scheme:light dark;--ground:#fbfaf7;--card:#fff;--ink:#22252a;--soft:#5b6068;--faint:#70757d;
 --hair:#e4e1da;--grid:#eeece6;--good:#1d7a55;--warn:#9a6200;--bad:#b3261e;{_colours(LIGHT)}}}
 @media (prefers-color-scheme:dark){{:root{{--ground:#16181b;--card:#1c1f23;--ink:#e6e4df;--soft:#a9adb4;
---faint:#7d828a;--hair:#30343a;--grid:#272a2f;--good:#5fc79a;--warn:#e0ab4c;--bad:#f28b82;{_colours(DARK)}}}}}
+--faint:#8b9098;--hair:#30343a;--grid:#272a2f;--good:#5fc79a;--warn:#e0ab4c;--bad:#f28b82;{_colours(DARK)}}}}}
 *{{box-sizing:border-box}}
 body{{margin:0;background:var(--ground);color:var(--ink);
 font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",sans-serif}}
@@ -27,8 +29,9 @@ main{{max-width:1020px;margin:0 auto;padding:56px 28px 88px}}
 h1{{font-size:30px;line-height:1.2;letter-spacing:-.015em;font-weight:620;margin:0 0 14px;overflow-wrap:anywhere}}
 h2{{font-size:18px;letter-spacing:-.005em;font-weight:620;margin:56px 0 6px}}
 p{{margin:0 0 10px;max-width:70ch}}
-.lead{{font-size:19px;line-height:1.5;max-width:56ch;margin-bottom:12px}}
+.lead{{font-size:19px;line-height:1.5;max-width:64ch;margin-bottom:12px}}
 .quiet,figcaption,.facts,.note{{color:var(--soft);font-size:14px}}
+.quiet{{max-width:92ch}}
 .facts{{margin:0}}
 .wide{{overflow-x:auto;margin:14px 0 8px}}
 table{{border-collapse:collapse;font-size:15px;font-variant-numeric:tabular-nums;width:100%}}
@@ -45,10 +48,17 @@ tr:last-child td,tr:last-child th{{border-bottom:0}}
 .swatch{{display:inline-block;width:10px;height:10px;border-radius:50%;background:var(--c);margin-right:9px}}
 figure{{margin:14px 0 0;background:var(--card);border:1px solid var(--hair);border-radius:10px;padding:16px 18px 14px}}
 figure.plain{{padding:18px 14px 8px}}
+figure.plain,figure.whole{{overflow-x:auto}}
+figure.plain>svg,figure.whole>svg{{min-width:640px}}
 figcaption{{margin:0 0 8px}}
 figcaption b{{color:var(--ink);font-weight:600}}
-.charts{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px}}
-svg{{display:block;width:100%;height:auto;overflow:visible}}
+.charts{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:16px;margin-top:14px}}
+.charts figure{{margin:0}}
+.charts .whole{{grid-column:1/-1}}
+dl{{display:grid;grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:14px 24px;margin:16px 0 0}}
+dt{{color:var(--soft);font-size:13px}}
+dd{{margin:0;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}}
+figure>svg{{display:block;width:100%;height:auto}}
 svg text{{font-size:12px;fill:var(--soft);font-variant-numeric:tabular-nums}}
 svg text.name{{font-size:14px;fill:var(--ink)}}
 .grid{{stroke:var(--grid);stroke-width:1}}
@@ -59,7 +69,7 @@ svg text.name{{font-size:14px;fill:var(--ink)}}
 .bar{{stroke:var(--c);stroke-width:7;opacity:.26;stroke-linecap:round}}
 .mean{{stroke:var(--c);stroke-width:2.4}}
 .dot{{fill:var(--c);fill-opacity:.85;stroke:var(--card);stroke-width:1.3}}
-.rule{{stroke:var(--faint);stroke-width:1}}
+.rule{{stroke:var(--faint);stroke-width:1;visibility:hidden}}
 .legend{{display:flex;flex-wrap:wrap;gap:6px 20px;list-style:none;padding:0;margin:10px 0 0;font-size:14px}}
 .says{{list-style:none;padding:0;margin:10px 0 0}}
 .says li{{padding:5px 0 5px 30px;position:relative;max-width:78ch}}
@@ -99,6 +109,7 @@ for (const svg of document.querySelectorAll('svg[data-chart]')) {
     const x = left + (right - left) * (step - first) / (last - first || 1);
     rule.setAttribute('x1', x);
     rule.setAttribute('x2', x);
+    rule.style.visibility = 'visible';
     tip.replaceChildren(Object.assign(document.createElement('b'), {textContent: 'step ' + step.toLocaleString()}));
     for (const line of chart.lines) {
       const row = document.createElement('div'), swatch = document.createElement('span');
@@ -112,8 +123,7 @@ for (const svg of document.querySelectorAll('svg[data-chart]')) {
   });
   svg.addEventListener('pointerleave', () => {
     tip.hidden = true;
-    rule.setAttribute('x1', -9);
-    rule.setAttribute('x2', -9);
+    rule.style.visibility = 'hidden';
   });
 }
 """

@@ -98,9 +98,7 @@ class Summary:
         return compare.varying([arm.leaves() for arm in self.compared])
 
 
-def collect(
-    paths: Sequence[str | os.PathLike], baseline: str | None = None, metric: str | None = None
-) -> Summary:
+def collect(paths: Sequence[str | os.PathLike], baseline: str | None = None, metric: str | None = None) -> Summary:
     """Reads the runs of `paths`, each a run folder, a sweep or a folder of runs.
 
     Args:
@@ -130,12 +128,12 @@ def collect(
         notes += [f"{name}: {problem}" for problem in run.problems]
     plan = next(iter(plans.values())) if len(plans) == 1 and len(paths) == 1 else None
     arms = _arms(found, plan)
+    first = _baseline(arms, baseline)
+    arms.sort(key=lambda arm: (arm.reference, arm is not first))
     metrics = _metrics(arms, metric)
     title = " + ".join(path.resolve().name for path in map(pathlib.Path, paths))
     patterns = compare.method_keys(found[0].config)
-    return Summary(
-        title, tuple(found), tuple(arms), tuple(metrics), _baseline(arms, baseline), tuple(notes), plan, patterns
-    )
+    return Summary(title, tuple(found), tuple(arms), tuple(metrics), first, tuple(notes), plan, patterns)
 
 
 def _under(folder: pathlib.Path, paths: Sequence[str | os.PathLike]) -> str:
@@ -172,8 +170,7 @@ def _arms(found: Sequence[runs.Run], plan: sweeps.Plan | None) -> list[Arm]:
         outer = outer.removeprefix(prefix) if bare else outer.replace(",", ", ")
         return ", ".join(filter(None, [outer, arm if several or not outer or arm == runs.TEACHER else ""])) or "run"
 
-    made = [Arm(name(*key), key[1], group, key[1] == runs.TEACHER) for key, group in members.items()]
-    return sorted(made, key=lambda arm: arm.reference)
+    return [Arm(name(*key), key[1], group, key[1] == runs.TEACHER) for key, group in members.items()]
 
 
 def _metrics(arms: Sequence[Arm], wanted: str | None) -> list[Metric]:
@@ -190,9 +187,7 @@ def _metrics(arms: Sequence[Arm], wanted: str | None) -> list[Metric]:
         place = ORDER.index(last) if last in ORDER else len(ORDER) + (1 + LAST.index(last) if last in LAST else 0)
         return (name != wanted, "/" in name, place, name)
 
-    return [
-        Metric(n, compare.lower_is_better(n), compare.is_fraction(n, names[n])) for n in sorted(names, key=rank)
-    ]
+    return [Metric(n, compare.lower_is_better(n), compare.is_fraction(n, names[n])) for n in sorted(names, key=rank)]
 
 
 def _baseline(arms: Sequence[Arm], wanted: str | None) -> Arm | None:

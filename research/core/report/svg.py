@@ -10,9 +10,11 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-WIDTH, HEIGHT = 460, 270
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
+HALF, WHOLE = (460, 270), (950, 330)  # width and height of a chart that shares its row, and of one that does not
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 24
 POINTS = 240
+# Steep beginnings would leave no room for what tells the arms apart: the frame is fitted to the rest.
+SETTLED = 0.2
 
 
 class Band(NamedTuple):
@@ -54,7 +56,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
         return [low]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = min((m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999), default=power)
+    step = min((m * power for m in (1, 2, 5, 10)), key=lambda step: abs(math.log(step / raw)))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
@@ -68,29 +70,34 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
-def lines(bands: Sequence[Band], title: str, percent: bool = False) -> str:
-    """A line chart over steps, with a band of one standard deviation around each line."""
+def lines(bands: Sequence[Band], title: str, percent: bool = False, size: tuple[int, int] = HALF) -> str:
+    """A line chart over steps, with a band of one standard deviation around each line.
+
+    The frame is fitted to the values after the first fifth of the steps; what lies outside it is cut off.
+    """
     scale = 100 if percent else 1
     bands = [b._replace(means=[scale * m for m in b.means], stds=[scale * s for s in b.stds]) for b in bands]
-    low = min(m - s for b in bands for m, s in zip(b.means, b.stds, strict=True))
-    high = max(m + s for b in bands for m, s in zip(b.means, b.stds, strict=True))
-    if percent:
-        low, high = max(low, 0.0), min(high, 100.0)
-    margin = 0.04 * (high - low) or abs(high) * 0.05 or 1.0
-    low, high = low - margin, high + margin
     first, last = min(b.steps[0] for b in bands), max(b.steps[-1] for b in bands)
     span = (last - first) or 1
+    low, high = _range(bands, first + SETTLED * span)
+    width, height = size
+    inner = (width - LEFT - RIGHT, height - TOP - BOTTOM)
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (step - first) / span
+        return LEFT + inner[0] * (step - first) / span
 
     def y(value: float) -> float:
-        share = (min(max(value, low), high) - low) / (high - low)
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - share)
+        return TOP + inner[1] * (1 - (value - low) / (high - low))
 
-    parts = [_horizontal(y(v), number(v)) for v in ticks(low, high)]
-    parts += [_text(x(v), HEIGHT - BOTTOM + 17, number(v), "middle") for v in ticks(first, last, 4)]
-    parts.append(_text(WIDTH - RIGHT, HEIGHT - 3, "step", "end"))
+    grid = [
+        f'<line class="grid" x1="{LEFT}" x2="{width - RIGHT}" y1="{y(v):.1f}" y2="{y(v):.1f}"/>'
+        f"{_text(LEFT - 8, y(v) + 4, number(v), 'end')}"
+        for v in ticks(low, high)
+    ]
+    steps = [v for v in ticks(first, last, width // 110) if x(v) > LEFT + 24]  # the word stands before them
+    grid += [_text(x(v), height - BOTTOM + 17, number(v), "middle") for v in steps]
+    grid.append(_text(LEFT - 8, height - BOTTOM + 17, "step", "end"))
+    parts = []
     for b in bands:
         if any(b.stds):
             upper = [(x(s), y(m + d)) for s, m, d in zip(b.steps, b.means, b.stds, strict=True)]
@@ -101,9 +108,14 @@ def lines(bands: Sequence[Band], title: str, percent: bool = False) -> str:
         parts.append(f'<polyline class="line {b.style}" points="{_points(points)}"/>')
         if len(points) <= 30:
             parts += [f'<circle class="mark {b.style}" cx="{a:.1f}" cy="{c:.1f}" r="2"/>' for a, c in points]
-    parts.append(f'<line class="rule" y1="{TOP}" y2="{HEIGHT - BOTTOM}" x1="-9" x2="-9"/>')
+    # A nested svg cuts off what leaves the frame; the margin keeps marks on its edge whole.
+    box = (LEFT - 3, TOP - 3, inner[0] + 6, inner[1] + 6)
+    place = f'x="{box[0]}" y="{box[1]}" width="{box[2]}" height="{box[3]}"'
+    view = " ".join(map(str, box))
+    grid.append(f'<svg class="plot" {place} viewBox="{view}">{"".join(parts)}</svg>')
+    grid.append(f'<line class="rule" y1="{TOP}" y2="{height - BOTTOM}" x1="0" x2="0"/>')
     data = {
-        "x": [LEFT, WIDTH - RIGHT, first, last],
+        "x": [LEFT, width - RIGHT, first, last],
         "unit": " %" if percent else "",
         "lines": [
             {"label": b.label, "style": b.style, "steps": [round(s) for s in b.steps], "means": _short(b.means)}
@@ -111,7 +123,21 @@ def lines(bands: Sequence[Band], title: str, percent: bool = False) -> str:
         ],
     }
     ends = "; ".join(f"{b.label} ends at {b.means[-1]:.4g}{' %' if percent else ''}" for b in bands)
-    return _svg(WIDTH, HEIGHT, title, ends, parts, f' data-chart="{html.escape(json.dumps(data), quote=True)}"')
+    return _svg(*size, title, ends, grid, f' data-chart="{html.escape(json.dumps(data), quote=True)}"')
+
+
+def _range(bands: Sequence[Band], settled: float) -> tuple[float, float]:
+    """The values to show: those of the bands from step `settled` on, with a margin."""
+    shown = [
+        edge
+        for b in bands
+        for step, mean, std in zip(b.steps, b.means, b.stds, strict=True)
+        if step >= settled or step == b.steps[-1]
+        for edge in (mean - std, mean + std)
+    ]
+    low, high = min(shown), max(shown)
+    margin = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
+    return low - margin, high + margin
 
 
 def dots(rows: Sequence[Row], title: str, baseline: float | None, percent: bool = False) -> str:
@@ -119,7 +145,7 @@ def dots(rows: Sequence[Row], title: str, baseline: float | None, percent: bool 
     scale = 100 if percent else 1
     rows = [row._replace(values=[scale * v for v in row.values]) for row in rows]
     left = 24 + 7.4 * max(len(row.label) for row in rows)
-    width, pitch, top, bottom = 2 * WIDTH + 20, 38, 8, 30
+    width, pitch, top, bottom = WHOLE[0], 38, 8, 30
     height = top + pitch * len(rows) + bottom
     spread = [statistics.stdev(row.values) if len(row.values) > 1 else 0.0 for row in rows]
     means = [statistics.fmean(row.values) for row in rows]
@@ -144,8 +170,10 @@ def dots(rows: Sequence[Row], title: str, baseline: float | None, percent: bool 
         parts.append(_text(left - 14, middle + 4.5, row.label, "end", "name"))
         start, end = x(mean - std), x(mean + std)
         parts.append(f'<line class="bar {row.style}" x1="{start:.1f}" x2="{end:.1f}" y1="{middle}" y2="{middle}"/>')
-        parts.append(f'<line class="mean {row.style}" x1="{x(mean):.1f}" x2="{x(mean):.1f}" y1="{middle - 9}" '
-                     f'y2="{middle + 9}"/>')
+        parts.append(
+            f'<line class="mean {row.style}" x1="{x(mean):.1f}" x2="{x(mean):.1f}" y1="{middle - 9}" '
+            f'y2="{middle + 9}"/>'
+        )
         for value in row.values:
             tip = f"<title>{html.escape(row.label)} {value:.4g}</title>"
             parts.append(f'<circle class="dot {row.style}" cx="{x(value):.1f}" cy="{middle}" r="4.5">{tip}</circle>')
@@ -159,11 +187,6 @@ def _short(values: Sequence[float]) -> list[float]:
 
 def _points(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-
-
-def _horizontal(y: float, text: str) -> str:
-    line = f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-    return line + _text(LEFT - 8, y + 4, text, "end")
 
 
 def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:

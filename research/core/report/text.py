@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 from scipy import stats
@@ -59,9 +60,11 @@ def clear(statistic: compare.Statistic) -> bool:
 def cells(summary: Summary, arm: Arm) -> list[Cell]:
     """The row of an arm: seeds, the primary metric's gap to the baseline, then every metric."""
     metric = summary.primary
-    found = [Cell(str(len(arm.values(metric.name))) if metric else "0")]
+    found = [Cell("" if arm.reference else str(len(arm.values(metric.name))) if metric else "0")]
     for m in summary.metrics:
         statistic = compare.statistic(list(arm.values(m.name).values()))
+        if statistic and arm.reference and not statistic.std:
+            statistic = statistic._replace(std=None)  # one teacher, evaluated by every run
         found.append(Cell(value(statistic, m), best=arm.label in summary.best(m) and not arm.reference))
         if m is metric and summary.baseline is not None:
             gap = summary.gap(arm, m)
@@ -98,10 +101,10 @@ def headline(summary: Summary) -> str:
     statistic = compare.statistic(list(arm.values(metric.name).values()))
     start += f", {value(statistic, metric)}{unit(metric)} over {_seeds(statistic.n)}"
     if gap is None:
-        return f"{start}: no arm improves on the baseline {base.label}." if best == [base.label] else f"{start}."
+        return f"{start}: no arm improves on the baseline." if best == [base.label] else f"{start}."
     points = " points" if metric.percent else ""
     verdict = "" if clear(gap) else f"; {_seeds(gap.n)} cannot tell this gap from zero"
-    return f"{start}: {value(gap, metric, signed=True)}{points} over {base.label}{verdict}."
+    return f"{start}: {value(gap, metric, signed=True)}{points} over the baseline, {base.label}{verdict}."
 
 
 def _seeds(n: int) -> str:
@@ -130,13 +133,18 @@ def duration(seconds: float | None) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def table(summary: Summary) -> Table:
-    """The result as a rich table."""
-    found = Table(title=summary.title, caption=headline(summary), title_justify="left", caption_justify="left")
-    found.add_column("arm")
-    for heading in columns(summary):
+def table(summary: Summary, width: int) -> Table:
+    """The result as a rich table at most `width` wide: the last metrics are left to the page where they do not fit."""
+    heads = columns(summary)
+    rows = [cells(summary, arm) for arm in summary.arms]
+    sizes = [max(len(head), *(len(row[i].text) for row in rows)) + 3 for i, head in enumerate(heads)]
+    room = width - max(len(arm.label) for arm in summary.arms) - 3
+    shown = max(2, sum(sum(sizes[: i + 1]) <= room for i in range(len(sizes))))
+    found = Table(title=summary.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    found.add_column("arm", no_wrap=True)
+    for heading in heads[:shown]:
         found.add_column(heading, justify="right", no_wrap=True)
-    for arm in summary.arms:
-        row = [Text(c.text, style="bold" if c.best else "dim" if c.faint else "") for c in cells(summary, arm)]
-        found.add_row(arm.label, *row, style="dim" if arm.reference else "")
+    for arm, row in zip(summary.arms, rows, strict=True):
+        texts = [Text(c.text, style="bold" if c.best else "dim" if c.faint else "") for c in row[:shown]]
+        found.add_row(arm.label, *texts, style="dim" if arm.reference else "")
     return found
