@@ -146,7 +146,7 @@ def _curves(summary: Summary) -> str:
         ]
         if bands and any(len(band.steps) > 1 for band in bands):
             own = kind == "train" and len(bands) > 1
-            note = ": each arm's own objective, not to be compared" if own else ""
+            note = ": each arm's own objective" if own else ""
             caption = f"<figcaption><b>{_e(title)}{' %' if percent else ''}</b>{_e(note)}</figcaption>"
             size = svg.HALF if figures else svg.WHOLE
             chart = svg.lines(bands, title, percent, size)

@@ -199,5 +199,8 @@ def _baseline(arms: Sequence[Arm], wanted: str | None) -> Arm | None:
         raise UserError(f"--baseline {wanted}: not among the arms {', '.join(arm.label for arm in compared)}")
     if len(compared) < 2:
         return None
-    usual = [arm for arm in compared if arm.label.rpartition("=")[2].lower() in BASELINES]
-    return usual[0] if usual else compared[0]
+
+    def usual(arm: Arm) -> bool:
+        return any(part.rpartition("=")[2].lower() in BASELINES for part in arm.label.split(", "))
+
+    return next(filter(usual, compared), compared[0])
