@@ -1,0 +1,198 @@
+"""Hint methods through their common interface, and the batch that losses see on one device and on several."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.core import scope
+from research.distill import logits, losses, relations, taps
+
+B, N, DEVICES = 8, 16, 4
+RNG = np.random.default_rng(0)
+
+
+def endpoints(widths, sides, preact=False, seed=0):
+    rng = np.random.default_rng(seed)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    found = {}
+    for level, (width, side) in enumerate(zip(widths, sides, strict=True), 1):
+        found[f"stage{level}"] = draw(B, side, side, width)
+        if preact:
+            found[f"stage{level}_preact"] = draw(B, side, side, width)
+    return {**found, "pooled": draw(B, widths[-1])}
+
+
+STUDENT = endpoints((3, 6), (4, 2), preact=True, seed=1)
+TEACHER = endpoints((4, 7), (4, 2), seed=2)
+INDEX = jnp.asarray(RNG.permutation(N)[:B], jnp.int32)
+OPTIONS = {
+    "fitnet": {},
+    "cc": {"dim": 4},
+    "rkd": {},
+    "crd": {"num_examples": N, "classes": np.arange(N) % 3, "dim": 4, "negatives": 6},
+    "review": {"max_mid": 5, "warmup_epochs": 0},
+}
+
+
+def build(name, **options):
+    return losses.pick(losses.HINTS, name)(**{**OPTIONS[name], **options})
+
+
+@functools.cache
+def state_of(name):
+    return jax.jit(build(name).init)(jax.random.key(0), STUDENT, TEACHER)
+
+
+def gradient(hint, params, state, student, teacher, index):
+    def loss(params, student):
+        return hint.apply(params, state, student, teacher, index=index, key=jax.random.key(3), epoch=2)
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, student)
+
+
+@functools.cache
+def on_one_device(name, group=None):
+    hint = build(name, **({"group": group} if group else {}))
+    return jax.jit(functools.partial(gradient, hint))(*state_of(name), STUDENT, TEACHER, INDEX)
+
+
+def on_several(function, *arrays, devices=DEVICES):
+    """`function` of arrays split over `devices` mapped ones; the first two arguments of `arrays` are replicated."""
+    fixed, split = arrays[:2], arrays[2:]
+    split = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), split)
+
+    def share(*arguments):
+        with scope.batch_axis("data"):
+            return function(*arguments)
+
+    return jax.pmap(share, "data", in_axes=(None, None, *[0] * len(split)), devices=jax.devices()[:devices])(
+        *fixed, *split
+    )
+
+
+def close(a, b, **tolerance):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, **{"rtol": 2e-4, "atol": 1e-6, **tolerance}), a, b)
+
+
+@pytest.mark.parametrize("name", losses.HINTS)
+def test_every_hint_trains_the_student_and_its_adaptors(name):
+    (loss, state), (params_gradient, student_gradient) = on_one_device(name)
+    assert loss.shape == () and np.isfinite(loss) and loss > 0
+    leaves = jax.tree.leaves(params_gradient)
+    assert bool(leaves) == (name != "rkd") and all(np.all(np.isfinite(g)) for g in leaves)
+    assert any(np.any(g) for g in jax.tree.leaves(student_gradient))
+    before = state_of(name)[1]
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), before)
+
+
+@pytest.mark.parametrize("name", losses.HINTS)
+def test_init_needs_shapes_only(name):
+    shapes = jax.eval_shape(lambda: (STUDENT, TEACHER))
+    small = jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype), shapes)
+    init = build(name, **({} if name == "crd" else {"group": 4})).init
+    found = jax.eval_shape(lambda key: init(key, *small), jax.random.key(0))
+    expected = jax.eval_shape(lambda: state_of(name))
+    assert jax.tree.map(lambda x: x.shape, found) == jax.tree.map(lambda x: x.shape, expected)
+
+
+@pytest.mark.parametrize("name", losses.HINTS)
+def test_several_devices_give_the_loss_state_and_gradient_of_one(name):
+    (loss, state), (params_gradient, student_gradient) = on_one_device(name)
+
+    def share(params, state, student, teacher, index):
+        (loss, state), (params, student) = gradient(build(name), params, state, student, teacher, index)
+        return scope.mean((loss, state, params)), student
+
+    (losses_, states, grads), student = on_several(share, *state_of(name), STUDENT, TEACHER, INDEX)
+    close(losses_, jnp.full(DEVICES, loss))
+    close(jax.tree.map(lambda x: x[-1], (states, grads)), (state, params_gradient))
+    # Each device's loss is its share of the mean, so its students' gradients are DEVICES times as large before pmean.
+    student = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) / DEVICES, student)
+    close(student, student_gradient)
+
+
+@pytest.mark.parametrize("name", ["fitnet", "review", "cc", "rkd"])
+def test_groups_compute_what_gpus_of_that_size_would(name):
+    # Four GPUs of two examples each, with unconnected losses and batch norms: the mean of their losses and gradients.
+    (loss, _), (grads, _) = on_one_device(name, group=2)
+    slices = [jax.tree.map(lambda x, k=k: x[2 * k : 2 * k + 2], (STUDENT, TEACHER, INDEX)) for k in range(4)]
+    one = jax.jit(functools.partial(gradient, build(name)))
+    apart = [one(*state_of(name), *part) for part in slices]
+    close(loss, sum(value for (value, _), _ in apart) / 4)
+    close(grads, jax.tree.map(lambda *g: sum(g) / 4, *[g for _, (g, _) in apart]))
+    assert abs(float(loss) - float(on_one_device(name)[0][0])) > 1e-4 * float(loss)
+
+
+@pytest.mark.parametrize("group", [None, 2])
+def test_dist_sees_the_same_batch_on_one_device_and_on_several(group):
+    student, teacher = (jnp.asarray(RNG.normal(size=(B, 5)), jnp.float32) for _ in range(2))
+    function = lambda s, t: scope.by_group(logits.dist, group, s, t)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(function))(student, teacher)
+
+    def share(_, __, s, t):
+        value, gradient = jax.value_and_grad(function)(s, t)
+        return scope.mean(value), gradient / DEVICES
+
+    value, gradient = on_several(share, 0, 0, student, teacher)
+    close(value, jnp.full(DEVICES, expected))
+    close(gradient.reshape(B, -1), expected_gradient)
+    if group:
+        apart = [logits.dist(student[k : k + group], teacher[k : k + group]) for k in range(0, B, group)]
+        close(expected, sum(apart) / len(apart))
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="does not divide into groups of 3"):
+        scope.by_group(relations.rkd, 3, STUDENT["pooled"], TEACHER["pooled"])
+
+
+def test_review_grows_over_its_warmup():
+    hint = build("review", warmup_epochs=4)
+    apply = jax.jit(lambda epoch: hint.apply(*state_of("review"), STUDENT, TEACHER, epoch=epoch)[0])
+    full = on_one_device("review")[0][0]
+    close([apply(e) for e in (0, 1, 4, 9)], [0 * full, full / 4, full, full])
+
+
+def test_review_taps_the_maps_before_the_last_relu_where_there_are_some():
+    levels = taps.levels(STUDENT)
+    assert levels[1] is STUDENT["stage2_preact"] and levels[-1].shape == (B, 1, 1, 6)
+    assert taps.levels(TEACHER)[1] is TEACHER["stage2"]
+
+
+def test_tokens_become_a_pyramid():
+    tokens = {f"block{k:02d}": jnp.full((2, 17, 32), float(k)) for k in range(1, 9)} | {"pooled": jnp.zeros((2, 32))}
+    levels = taps.levels(tokens)
+    assert [x.shape[1:] for x in levels] == [(16, 16, 2), (8, 8, 8), (4, 4, 32), (2, 2, 32), (1, 1, 32)]
+    assert [float(x.max()) for x in levels] == [2, 4, 6, 8, 0]
+    named = taps.levels(tokens, ("block03",))
+    assert named[0].shape == (2, 4, 4, 32) and len(named) == 2
+
+
+@pytest.mark.parametrize("found", [{"pooled": STUDENT["pooled"]}, {"block01": jnp.zeros((2, 5, 4))}])
+def test_a_network_without_a_pyramid_is_named(found):
+    with pytest.raises(ValueError, match="no feature pyramid"):
+        taps.pyramid(found)
+
+
+def test_a_missing_endpoint_is_named():
+    with pytest.raises(ValueError, match="no endpoint 'stage9'; it has stage1, stage2, pooled"):
+        taps.tap(TEACHER, "stage9")
+
+
+def test_crd_says_what_it_needs():
+    with pytest.raises(ValueError, match="batch\\['index'\\]"):
+        build("crd").apply(*state_of("crd"), STUDENT, TEACHER)
+    with pytest.raises(ValueError, match="classes of shape"):
+        build("crd", classes=np.arange(3))
+
+
+def test_crd_without_classes_spares_only_the_example_itself():
+    apart = build("crd", classes=np.arange(N)).apply
+    found, expected = (
+        jax.jit(lambda key, apply=apply: apply(*state_of("crd"), STUDENT, TEACHER, index=INDEX, key=key)[0])
+        for apply in (build("crd", classes=None).apply, apart)
+    )
+    close(found(jax.random.key(0)), expected(jax.random.key(0)))
