@@ -99,8 +99,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
             if "Worker process was terminated" not in str(error):
                 raise
             raise RuntimeError(
-                f"a data worker died ({error}) Often memory or /dev/shm ran out: lower data.workers, or "
-                "decode in threads with data.workers=0"
+                f"a data worker died ({str(error).split('.')[0]}): memory or /dev/shm may have run out; lower "
+                "data.workers, or decode in threads with data.workers=0"
             ) from None
 
     def close(self) -> None:
