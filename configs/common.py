@@ -77,6 +77,21 @@ def base() -> ConfigDict:
     return c
 
 
+def smoke(c: ConfigDict, size: int = 32) -> ConfigDict:
+    """The form that tests run: two steps of 16 embedded digits; models are made small by the config itself."""
+    c.steps, c.batch_size = 2, 16
+    c.data.kind, c.data.path, c.eval.split = "digits", "", "test"
+    c.data.repeats = min(c.data.repeats, 2)
+    c.augment.size = c.eval.size = size
+    c.eval.batch_size = 120
+    c.schedule.warmup_epochs = 0.0
+    c.log.every, c.log.tensorboard = 1, False
+    if "teacher" in c:
+        c.teacher.dtype = "float32"  # CPUs emulate bfloat16
+        c.teacher.recipe += f"{',' if ':' in c.teacher.recipe else ':'}smoke" * bool(c.teacher.recipe)
+    return c
+
+
 def student(model: str, **changes) -> ConfigDict:
     """One arm of a distillation config; `changes` replace these defaults."""
     s = ConfigDict()
@@ -102,13 +117,18 @@ def student(model: str, **changes) -> ConfigDict:
     return s
 
 
-def teacher(model: str = "", weights: str = "", dtype: str = "float32", **options) -> ConfigDict:
+def arms(**students: ConfigDict) -> ConfigDict:
+    """The students of a config by the names of their arms."""
+    return ConfigDict(students)
+
+
+def teacher(model: str = "", *, recipe: str = "", dtype: str = "float32", options: dict | None = None) -> ConfigDict:
     """The teacher of a distillation config: a model and a checkpoint, or a recipe to train it from first."""
     t = ConfigDict()
     t.model = model
-    t.weights = weights  # official (.safetensors, .pth) or own; "": train `recipe` first
+    t.weights = ""  # official (.safetensors, .pth) or own; "": train `recipe` first; "random": an untrained one
     t.dtype = dtype
-    t.options = ConfigDict(options)  # of the model's constructor
-    t.recipe = ""  # config file (and argument) that trains the teacher, its arm called `teacher`
+    t.options = ConfigDict(options or {})  # of the model's constructor
+    t.recipe = recipe  # config file (and argument) that trains the teacher, its arm called `teacher`
     t.workdir = ""  # where the recipe trains; "": <workdir>/teacher
     return t

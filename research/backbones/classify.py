@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research import backbones
+from research.core import cost
 from research.core import experiment as engine
 from research.core import metrics as metrics_lib
 
@@ -22,9 +23,19 @@ class Network(NamedTuple):
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Random (params, model_state)."""
-        images = jnp.zeros((1, self.size, self.size, 3), self.module.dtype)
-        variables = dict(self.module.init({"params": key}, images, train=False))
+        variables = dict(self.module.init({"params": key}, self.example(), train=False))
         return variables.pop("params"), variables
+
+    def example(self) -> jax.Array:
+        """One black image, (1, H, W, 3), of the size the network is used at."""
+        return jnp.zeros((1, self.size, self.size, 3), self.module.dtype)
+
+    def cost(self) -> dict[str, int]:
+        """Parameters and multiply-adds of one image's forward pass."""
+        params, model_state = jax.eval_shape(self.init, jax.random.PRNGKey(0))
+        forward = lambda *arguments: self.apply(*arguments)[0]
+        macs = cost.macs(forward, params, model_state, jnp.zeros((1, self.size, self.size, 3)))
+        return {"params": cost.params_count(params), "macs": macs}
 
     def apply(self, params, model_state, images, *, train: bool = False, key: jax.Array | None = None):
         """Images in [0, 1], (B, H, W, 3) -> (logits (B, C) float32, endpoints, new model_state)."""

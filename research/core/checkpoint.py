@@ -6,18 +6,20 @@ record with the state wanted before any array is touched: another model's checkp
 a damaged checkpoint falls back to the one before it.
 """
 
+import logging
 import pathlib
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from jax.experimental import multihost_utils
 
 from research.core import seal
 from research.core.experiment import State
 from research.core.sharding import paths
+
+LOG = logging.getLogger(__name__)
 
 
 class Progress(NamedTuple):
@@ -68,7 +70,9 @@ class Checkpoints:
         self._folder = pathlib.Path(folder).absolute()
         self._metric = metric
         self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_names=("state", "record"),
+            self._folder,
+            options=options,
+            item_names=("state", "record"),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
         )
 
@@ -91,7 +95,7 @@ class Checkpoints:
         """The newest readable checkpoint in the form of `shapes` (with its shardings; `frozen` is None), or None.
 
         Raises:
-          ValueError: the newest good checkpoint holds another model (it names the differing parameters), or none is good.
+          ValueError: the newest good checkpoint holds another model (differing parameters are named), or none is good.
         """
         self.wait()
         wanted = _tree(shapes)
@@ -127,7 +131,7 @@ class Checkpoints:
         return (problem or "see process 0") if found else None
 
     def _report(self, step: int, problem: str) -> None:
-        logging.warning("checkpoint %s is damaged (%s); using the one before it", self._folder / str(step), problem)
+        LOG.warning("checkpoint %s is damaged (%s); using the one before it", self._folder / str(step), problem)
 
     def discard_after(self, step: int) -> None:
         """Removes checkpoints newer than `step` (damaged ones), so that their steps can be written again."""

@@ -4,8 +4,8 @@
     train_step(state, batch) -> (state, metrics)
     eval_step(state, batch) -> metrics
 
-`state` is one pytree, `batch` a dict of arrays with a leading batch axis and a `mask` of real examples, `metrics` a dict
-of (sum, count) pairs, so that sharded and padded evaluation is exact. Randomness is `fold_in(state.key, state.step)`:
+`state` is one pytree, `batch` a dict of arrays with a leading batch axis and a `mask` of real examples, `metrics` a
+dict of (sum, count) pairs, so that sharded and padded evaluation is exact. Randomness is `fold_in(state.key, step)`:
 step N draws the same numbers after any restart.
 """
 
@@ -54,8 +54,9 @@ class Experiment(NamedTuple):
     """Three pure functions, and how weights come in and go out.
 
     `weights()` runs on the host, outside any trace (large arrays would become constants of the program): it returns
-    {field of State: nested dict of arrays}, any part of it, to put in place of what `init` made. `export(state)` names the trained models'
-    variables, {name: {"params": ..., ...}}, for files of weights.
+    {field of State: nested dict of arrays}, any part of it, to put in place of what `init` made. `export(state)` names
+    the trained models' variables, {name: {"params": ..., ...}}, for files of weights; `costs()` gives
+    {network: {"params", "macs"}} of one example's forward pass.
     """
 
     init: Callable[[jax.Array], State]
@@ -63,6 +64,7 @@ class Experiment(NamedTuple):
     eval_step: Callable[[State, Batch], Metrics]
     weights: Callable[[], Mapping[str, Any]] = dict
     export: Callable[[State], Mapping[str, Any]] = _export
+    costs: Callable[[], Mapping[str, dict[str, int]]] = dict
 
 
 class Context(NamedTuple):
@@ -122,7 +124,8 @@ def supervised(
         init_key, frozen_key, key = jax.random.split(key, 3)
         params, model_state = init(init_key)
         # An average starts as a copy: the same buffer may not be donated twice.
-        averages = {f"ema{decay}": jax.tree.map(jnp.copy, {"params": params, "model_state": model_state}) for decay in ema}
+        copied = lambda: jax.tree.map(jnp.copy, {"params": params, "model_state": model_state})
+        averages = {f"ema{decay}": copied() for decay in ema}
         step = jnp.zeros((), jnp.int32)
         return State(step, key, params, model_state, optimizer.init(params), averages, frozen(frozen_key))
 

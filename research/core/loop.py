@@ -1,6 +1,7 @@
 """The one training loop: step, log, evaluate, save, resume; it stops cleanly on a signal and on a non-finite loss."""
 
 import contextlib
+import logging
 import signal
 import threading
 import time
@@ -9,13 +10,14 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 
 from research.core import metrics as metrics_lib
 from research.core.checkpoint import Checkpoints, Progress
 from research.core.runner import Runner
 from research.core.writers import Writer
+
+LOG = logging.getLogger(__name__)
 
 RESTART = 42  # exit status that asks the launcher to start the job again
 
@@ -143,7 +145,7 @@ def fit(
     state, progress = start(runner, key, checkpoints)
     first = progress.examples // plan.batch_size
     if first:
-        logging.info("resumed at step %d", first)
+        LOG.info("resumed at step %d", first)
     if checkpoints:
         checkpoints.discard_after(first)
     if writer:
@@ -192,7 +194,7 @@ def fit(
             if stopping and step < plan.steps:
                 if checkpoints:
                     checkpoints.wait()
-                logging.warning("told to stop: step %d is saved, exiting with status %d", step, RESTART)
+                LOG.warning("told to stop: step %d is saved, exiting with status %d", step, RESTART)
                 raise Preempted()
     if first >= plan.steps and eval_batches is not None:
         results = evaluate(runner, state, eval_batches())

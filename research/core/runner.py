@@ -1,4 +1,4 @@
-"""Runs an Experiment on devices: `jit` over a sharded mesh, or `pmap` over data-parallel replicas, with equal results."""
+"""Runs an Experiment on devices: `jit` over a sharded mesh, or `pmap` over replicas, with equal results."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +49,7 @@ def build(experiment: Experiment, *, mode: str = "jit", axes: Mapping[str, int] 
         return _jit(experiment, sharding.mesh(axes or {"data": -1}, devices), rules)
     if mode == "pmap":
         if any(size not in (1, -1) for axis, size in (axes or {}).items() if axis != "data"):
-            raise ValueError("parallel.mode='pmap' is data parallel only: set parallel.axes.fsdp and .tensor to 1, or use jit")
+            raise ValueError("parallel.mode='pmap' is data parallel only: set parallel.axes.fsdp and tensor to 1")
         return _pmap(experiment, jax.devices() if devices is None else list(devices))
     raise ValueError(f"parallel.mode: {mode!r} is neither 'jit' nor 'pmap'")
 

@@ -8,18 +8,20 @@ optimiser's moments and the moving averages repeat the parameter paths, the same
     tensor:D           dimension D is split over the `tensor` axis
     fsdp+tensor:D      both, on different dimensions
 
-Batches are split over `data` and `fsdp` together. Leaves that no rule matches, and those whose dimensions do not divide,
-are replicated and reported.
+Batches are split over `data` and `fsdp` together. Leaves that no rule matches, and those whose dimensions do not
+divide, are replicated and reported.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+LOG = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 STRATEGY = re.compile(r"replicate|fsdp|(fsdp\+)?tensor:-?\d+")
@@ -109,8 +111,8 @@ def shardings(shapes, mesh: jax.sharding.Mesh, rules: Sequence[Sequence[str]], *
         strategy = next((s for regex, s in rules if re.search(regex, path)), None)
         spec = _spec(leaf.shape, strategy or "replicate", sizes, smallest)
         if strategy is None and rules and np.ndim(leaf):
-            logging.info("sharding: no rule matches %s %s, replicated", path, leaf.shape)
+            LOG.info("sharding: no rule matches %s %s, replicated", path, leaf.shape)
         if spec is None:
-            logging.info("sharding: %s %s does not divide under %r, replicated", path, leaf.shape, strategy)
+            LOG.info("sharding: %s %s does not divide under %r, replicated", path, leaf.shape, strategy)
         placed.append(NamedSharding(mesh, spec or PartitionSpec()))
     return jax.tree.unflatten(jax.tree.structure(shapes), placed)

@@ -6,8 +6,8 @@ Source: "Revisit the Power of Vanilla Knowledge Distillation", arXiv 2305.15781.
     label_weight * L_label(z_s, y_mix) + loss_weight * L(z_s, z_t, y_mix) + hint_weight * L_hint
 
 with its own model, optimiser and loss. Teacher and students see the same mixed image, each with its own normalisation
-(the published runs fed the teacher with the student's). Arms of equal model and options start from equal weights. An arm
-without `loss` and `hint` is plain supervised training, and without a teacher all arms are: so a teacher is trained here too.
+(the published runs fed the teacher with the student's). Arms of equal model and options start from equal weights. An
+arm without `loss` and `hint` is plain supervised training, and so the teacher of a small study is trained here too.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,10 +20,9 @@ import numpy as np
 from research.backbones import classify
 from research.core import experiment as engine
 from research.core import metrics as metrics_lib
-from research.core import optim, schedules, scope
+from research.core import optim, schedules, scope, sharding
 from research.data import mixup
 from research.distill import losses
-from research.distill.ground_truth import hard
 from research.port import checkpoint
 
 TEACHER = "teacher"
@@ -37,7 +36,6 @@ class Arm(NamedTuple):
       label_loss, loss: (logits..., targets) -> scalar mean; None without.
       hint: a `hints.Hint`, or None.
       smoothing: label smoothing of the mixed targets.
-      mask: patterns that weight decay spares.
     """
 
     network: classify.Network
@@ -91,10 +89,8 @@ def _optimizer(config, student: Mapping):
     """(gradient transformation, schedule) of one arm: the config's sections with the arm's own values over them."""
     options = {**config.optimizer, **student.optimizer}
     extra, lr, clip = dict(options.pop("options")), options.pop("lr"), options.pop("clip")
-    schedule = schedules.schedule(
-        lr=lr, steps=config.steps, steps_per_epoch=config.steps_per_epoch, **config.schedule
-    )
-    return optim.optimizer(schedule=schedule, clip=clip or None, **options, **extra), schedule
+    schedule = schedules.schedule(lr=lr, steps=config.steps, steps_per_epoch=config.steps_per_epoch, **config.schedule)
+    return optim.optimizer(lr=schedule, clip=clip or None, **options, **extra), schedule
 
 
 def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine.Experiment:
@@ -115,7 +111,9 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         raise ValueError("students: no arm to train; add one, such as config.students.kd")
     needy = [name for name, arm in arms.items() if arm.loss or arm.hint]
     if needy and teacher is None:
-        raise ValueError(f"students.{needy[0]} distils but there is no teacher: set teacher.model, or loss and hint to ''")
+        raise ValueError(
+            f"students.{needy[0]} distils but there is no teacher: set teacher.model, or loss and hint to ''"
+        )
     optimizers, rates = {}, {}
     for name, student in config.students.items():
         optimizers[name], rates[name] = _optimizer(config, student)
@@ -152,14 +150,18 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
 
     def loss(params, model_state, batch, context):
         mix_key, hint_key, key = jax.random.split(context.key, 3)
-        images, mixed = mixup.mix(mix_key, classify.unit(batch["image"]), batch["label"], **_mix(config))
+        # One mixing for all arms, and one target for each of their smoothings.
+        smoothings = tuple({arm.smoothing: None for arm in arms.values()})
+        images = classify.unit(batch["image"])
+        images, mixed = mixup.mix(mix_key, images, batch["label"], smoothing=smoothings, **_mix(config))
+        targets = dict(zip(smoothings, mixed, strict=True))
         if teacher is not None:
             fixed = context.frozen
             known, taught, _ = teacher.apply(fixed["params"], fixed["model_state"], images)
             known, taught = jax.lax.stop_gradient((known, taught))
         total, new, metrics = 0.0, {}, {}
         for name, arm in arms.items():
-            y = mixup.mixed_target(mixed, config.data.num_classes, arm.smoothing)
+            y = targets[arm.smoothing]
             own, old = params[name], model_state[name]
             logits, endpoints, state = arm.network.apply(own["model"], old["model"], images, train=True, key=key)
             value = arm.label_weight * arm.label_loss(logits, y)
@@ -191,11 +193,16 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
 
     def export(state):
         averages = {"": {"params": state.params, "model_state": state.model_state}, **state.ema}
-        return {
-            f"{name}_{average}" if average else name: {"params": found["params"][name]["model"], **found["model_state"][name]["model"]}
-            for average, found in averages.items()
-            for name in arms
-        }
+        models = {}
+        for average, found in averages.items():
+            for name in arms:
+                params, model_state = (found[part][name]["model"] for part in ("params", "model_state"))
+                models[f"{name}_{average}".rstrip("_")] = {"params": params, **model_state}
+        return models
+
+    def costs():
+        networks = {name: arm.network for name, arm in arms.items()} | ({TEACHER: teacher} if teacher else {})
+        return {name: net.cost() for name, net in networks.items()}
 
     made = engine.supervised(
         init,
@@ -208,7 +215,7 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         accumulate=config.parallel.accumulate,
         ema=tuple(config.ema),
     )
-    return made._replace(export=export)
+    return made._replace(export=export, costs=costs)
 
 
 def _teacher(config) -> classify.Network | None:
@@ -220,7 +227,15 @@ def _teacher(config) -> classify.Network | None:
 
 def _pretrained(part: Mapping, network: classify.Network, num_classes: int):
     """(params, model_state) from the checkpoint that a teacher's or student's section names."""
-    variables = dict(checkpoint.load(part.model, part.weights, num_classes=num_classes, **part.options))
+    if checkpoint.is_own(part.weights):
+        variables = checkpoint.load_variables(part.weights)
+    else:
+        variables = checkpoint.load_official(part.model, part.weights, num_classes=num_classes, image_size=network.size)
+    wanted = jax.eval_shape(lambda key: network.module.init(key, network.example()), jax.random.PRNGKey(0))
+    names = [{path for path, _ in sharding.paths(dict(tree))} for tree in (variables, wanted)]
+    if names[0] != names[1]:
+        wrong = sorted(names[0] ^ names[1])[0]
+        raise ValueError(f"{part.weights} holds another network than {part.model}: {wrong} is in one of them only")
     return variables.pop("params"), variables
 
 
@@ -247,6 +262,10 @@ def _named(prefix: str, metrics: engine.Metrics) -> engine.Metrics:
 def _mix(config) -> dict:
     m = config.mix
     return {
-        "mixup_alpha": m.mixup, "cutmix_alpha": m.cutmix, "prob": m.prob, "switch_prob": m.switch_prob,
+        "num_classes": config.data.num_classes,
+        "mixup_alpha": m.mixup,
+        "cutmix_alpha": m.cutmix,
+        "prob": m.prob,
+        "switch_prob": m.switch_prob,
         "group": m.group or None,
     }

@@ -177,6 +177,11 @@ def own(state: Mapping[str, np.ndarray]) -> bool:
     return bool(state) and all(name.startswith(tuple(f"{c}/" for c in COLLECTIONS)) for name in state)
 
 
+def is_own(path: str | os.PathLike) -> bool:
+    """Whether the file at `path` holds our own paths; the errors are those of `tensors.read`."""
+    return own(tensors.read(path))
+
+
 def _rules(family, dialect: str) -> names.Rules:
     if dialect not in family.NAMES:
         raise ValueError(f"dialect: {dialect!r} is none of {', '.join(family.NAMES)}")

@@ -1,4 +1,4 @@
-"""A killed, stopped, damaged or moved run continues as if nothing had happened; each is tested by doing it to a process."""
+"""A killed, stopped, damaged or moved run continues as if nothing had happened: done to real processes."""
 
 import pathlib
 import shutil

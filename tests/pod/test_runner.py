@@ -1,4 +1,4 @@
-"""One device, data-parallel, fsdp, tensor and pmap runs take the same path: batch norm, relations and momentum included."""
+"""One device, data-parallel, fsdp, tensor and pmap runs take the same path, batch norm and relations included."""
 
 import functools
 

@@ -35,10 +35,10 @@ def relation(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(unit @ unit.T - same))
 
 
-def build(*, group: int | None = None, accumulate: int = 1, ema=(0.9,), lr: float = 0.1, poison: int = -1) -> Experiment:
+def build(*, group: int | None = None, accumulate: int = 1, ema=(0.9,), poison: int = -1) -> Experiment:
     """The toy Experiment; the loss is NaN from step `poison` on."""
     net = Net(group)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(lr, momentum=0.9, nesterov=True))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9, nesterov=True))
 
     def init(key):
         variables = dict(net.init(key, jnp.zeros((1, SIDE, SIDE, 3)), train=False))
@@ -81,6 +81,9 @@ def batches(start: int, *, process: int = 0, processes: int = 1):
         rows = (np.arange(BATCH) + step * BATCH)[process * share : (process + 1) * share]
         at = rows % len(labels)
         yield {
-            "image": images[at], "label": labels[at], "index": rows.astype(np.int32), "mask": np.ones(share, np.float32)
+            "image": images[at],
+            "label": labels[at],
+            "index": rows.astype(np.int32),
+            "mask": np.ones(share, np.float32),
         }
         step += 1

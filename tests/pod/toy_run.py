@@ -1,4 +1,4 @@
-"""Trains the toy experiment as a process of its own: `python toy_run.py WORKDIR [options]`; prints each step it took."""
+"""Trains the toy experiment as a process of its own, printing each step: `python toy_run.py WORKDIR [options]`."""
 
 import argparse
 import os
