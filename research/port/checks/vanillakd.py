@@ -1,5 +1,7 @@
 """Golden checks of VanillaKD's recipe: schedule, optimiser, targets and losses."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import optax
 
 from research.core import optim, schedules
 from research.data import mixup
+from research.distill import losses
 from research.port.checks.convnets import check_convnextv2
 from research.port.checks.transformers import check_vanillakd_beit
 from research.port.verify import Golden
@@ -61,10 +64,42 @@ def mixup_cutmix(golden: Golden) -> dict[str, np.ndarray]:
     }
 
 
+def recipe_loss(golden: Golden) -> dict[str, np.ndarray]:
+    """Mixed targets of each recipe; label loss, teacher loss, their weighted sum and its gradient for every pairing."""
+    student, teacher = jnp.asarray(golden.x["logits_student"]), jnp.asarray(golden.x["logits_teacher"])
+    kwargs = golden.kwargs
+    label_weight, loss_weight = kwargs.get("weights", (1, 1))
+    tempered = {"temperature": kwargs.get("temperature", 1.0)}
+    options = {"kd": tempered, "dkd": tempered, "dist": tempered, "bkd": {}}
+    label_options = {"bce": {"threshold": kwargs.get("bce_target_thresh")}, "ce": {}}
+
+    def terms(s, target, label, loss):
+        ori = jnp.mean(losses.LABEL_LOSSES[label](s, target, **label_options[label]))
+        kd = jnp.mean(losses.LOSSES[loss](s, teacher, target, **options[loss]))
+        return label_weight * ori + loss_weight * kd, (ori, kd)
+
+    outputs = {}
+    for key in [key for key in golden.y if key.endswith("_target")]:
+        recipe, classes = key.removesuffix("_target"), student.shape[-1]
+        target = mixup.mixed_target(
+            jnp.asarray(golden.x["target"]),
+            jnp.asarray(golden.x["lam"]),
+            num_classes=classes,
+            smoothing=kwargs[f"smoothing_{recipe}"],
+        )
+        outputs[key] = target
+        for label, loss in itertools.product(label_options, options):
+            (total, parts), gradient = jax.value_and_grad(terms, has_aux=True)(student, target, label, loss)
+            found = zip(("loss_ori", "loss_kd", "loss", "grad"), (*parts, total, gradient), strict=True)
+            outputs |= {f"{name}_{recipe}_{label}_{loss}": value for name, value in found}
+    return outputs
+
+
 CHECKS = {
     "beit": check_vanillakd_beit,
     "convnextv2": check_convnextv2,
     "lamb": lamb,
     "lr_schedule": lr_schedule,
     "mixup_cutmix": mixup_cutmix,
+    "recipe_loss": recipe_loss,
 }
