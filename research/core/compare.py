@@ -11,10 +11,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from research.core.config import MAY_CHANGE
-
 METHOD_KEYS = ("students.*.loss*", "students.*.hint*", "students.*.group", "student.loss*", "loss*", "distill.*")
-HARMLESS = (*MAY_CHANGE, "method_keys*")
+# Options that do not touch the result.
+HARMLESS = ("log.*", "save.*", "*workers", "teacher.workdir", "method_keys*")
 SEED = "seed"
 LOWER_IS_BETTER = ("loss", "error", "nll", "ece", "perplexity", "mae", "mse", "rmse", "fid", "seconds")
 FRACTIONS = ("top", "acc", "recall", "precision", "auroc", "auc", "map", "miou", "iou", "f1", "agreement")
@@ -35,8 +34,9 @@ def varying(leaves: Sequence[Mapping[str, Any]]) -> list[str]:
     names = dict.fromkeys(name for found in leaves for name in found)
     missing = object()
     first = leaves[0] if leaves else {}
+    groups = {name.rpartition(".")[0] for name in names}  # an empty group is no value of its own beside a filled one
     differ = [n for n in names if any(found.get(n, missing) != first.get(n, missing) for found in leaves)]
-    return [name for name in differ if name != SEED and not matches(name, HARMLESS)]
+    return [name for name in differ if name != SEED and name not in groups and not matches(name, HARMLESS)]
 
 
 def label(keys: Sequence[str], leaves: Mapping[str, Any]) -> str:

@@ -23,8 +23,8 @@ from research.core.errors import UserError
 from research.core.overrides import PREFIX, apply, freeze, has_groups, parse, suggest, thaw
 
 FILE = "config.json"
-# Patterns of the keys that do not touch the result: how often a line or a checkpoint is written, how many decode.
-MAY_CHANGE = ("log.*", "log_every", "save.*", "*workers")
+# Patterns of the keys that a resumed run may have otherwise: how often it writes, on what it runs, where its teacher is.
+MAY_CHANGE = ("log.*", "save.*", "*workers", "parallel.*", "teacher.workdir")
 _ABSENT = object()
 
 

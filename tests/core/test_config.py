@@ -19,7 +19,7 @@ FILE = """
     def get_config(arg):
         config = ConfigDict(dict(
             arg=arg, batch_size=8, lr=0.1, name="a", flag=False, nothing=None, sizes=(1, 2), betas=(0.9, 0.999),
-            size=config_dict.placeholder(int), log_every=10, data=dict(path="digits", workers=2),
+            size=config_dict.placeholder(int), log=dict(every=10), data=dict(path="digits", workers=2),
             students=[dict(loss="kd", sizes=[1, 2]), dict(loss="dkd")], optimizer=dict(lr=0.5, name="sgd"),
         ))
         config.twice = config.get_ref("batch_size") * 2
@@ -194,7 +194,7 @@ def test_a_run_folder_is_claimed_once_and_then_resumed(file, tmp_path):
     assert configs.claim(folder, config) is False
     assert configs.from_json((folder / "config.json").read_text()) == config
     assert configs.claim(folder, config) is True
-    assert configs.claim(folder, configs.load(file, ["--config.log_every=1", "--config.data.workers=0"])) is True
+    assert configs.claim(folder, configs.load(file, ["--config.log.every=1", "--config.data.workers=0"])) is True
     assert [p.name for p in folder.iterdir()] == ["config.json"]
 
 

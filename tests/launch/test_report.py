@@ -265,6 +265,13 @@ def test_a_run_inside_a_run_is_no_arm(three):
     assert [path.name for path in runs.find([three])] == ["seed=0", "seed=1", "seed=2"]
 
 
+def test_a_teacher_that_is_trained_is_an_arm(tmp_path):
+    write(tmp_path / "a", seed=0, top1={"teacher": 0.98})
+    summary = summaries.collect([tmp_path])
+    assert [(a.label, a.reference) for a in summary.arms] == [("teacher", False)]
+    assert "98.00 % over one seed" in text.headline(summary)
+
+
 def test_folders_are_in_natural_order(tmp_path):
     for seed in (0, 10, 2):
         write(tmp_path / f"seed={seed}", seed=seed, top1={"kd": 0.5})
@@ -326,3 +333,32 @@ def test_a_band_is_the_mean_over_runs_and_long_curves_are_binned():
 def test_a_broken_folder_says_so(tmp_path):
     with pytest.raises(UserError, match="no run here"):
         runs.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("finished", "sentence"),
+    [
+        ({"kd": [0.6, 0.7]}, "kd: top1 65.00 ± 7.07 % over 2 seeds; no other arm is finished."),
+        ({"kd": [0.6, 0.7], "dkd": [0.7, 0.6]}, "dkd and kd share the best mean top1."),
+        (
+            {"kd": [0.6], "dkd": [0.7]},
+            "dkd has the best mean top1, 70.00 % over one seed; the baseline, none, is not finished.",
+        ),
+        (
+            {"none": [0.7], "dkd": [0.6]},
+            "none has the best mean top1, 70.00 % over one seed: no arm improves on the baseline.",
+        ),
+        (
+            {"none": [0.5], "dkd": [0.6]},
+            "dkd has the best mean top1, 60.00 % over one seed: +10.00 points over the baseline, none; "
+            "one seed cannot tell this gap from zero.",
+        ),
+    ],
+)
+def test_the_headline_claims_no_more_than_there_is(tmp_path, finished, sentence):
+    for label in ("none", "kd", "dkd"):
+        for seed, value in enumerate(finished.get(label, [0.4])):
+            write(tmp_path / label / f"{seed}", seed=seed, top1={label: value}, finished=label in finished)
+    summary = summaries.collect([tmp_path])
+    assert text.headline(summary) == sentence
+    Reader(page.page(summary))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from research.core import compare, runs
+from research.core import compare
 from research.core import config as configs
 from research.core.report import fairness, svg, text
 from research.core.report.style import CSS, SCRIPT, STYLES
@@ -172,7 +172,7 @@ def _fairness(said: fairness.Fairness) -> str:
 
 
 def _cost(summary: Summary) -> str:
-    shared = any(len([arm for arm in run.arms if arm != runs.TEACHER]) > 1 for run in summary.runs)
+    shared = any(len(run.config.get("students", ())) > 1 for run in summary.runs)
     head = ["", "parameters", "MACs", "time a step", "examples/s", "peak memory", "wall time a run"]
     rows = []
     for arm in summary.arms:
@@ -229,12 +229,17 @@ def _environment(summary: Summary) -> str:
     common, differ = fairness.environments(summary)
     if not common and not differ:
         return ""
-    told = {key: _show(value) for key, value in common.items()}
+    told = {key: _brief(key, value) for key, value in common.items()}
     for key in differ:
-        values = {_show(configs.flat(run.environment).get(key, _ABSENT)): None for run in summary.runs}
+        values = {_brief(key, configs.flat(run.environment).get(key, _ABSENT)): None for run in summary.runs}
         told[key] = " or ".join(values)
     items = "".join(f"<div><dt>{_e(k.removeprefix('packages.'))}</dt><dd>{_e(v)}</dd></div>" for k, v in told.items())
     return f"<section><h2>Environment</h2><dl>{items}</dl></section>"
+
+
+def _brief(key: str, value: Any) -> str:
+    shown = _show(value)
+    return shown[:10] + "+" * shown.endswith("+") if key == "commit" else shown
 
 
 def _runs(summary: Summary) -> str:

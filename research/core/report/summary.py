@@ -146,10 +146,15 @@ def _under(folder: pathlib.Path, paths: Sequence[str | os.PathLike]) -> str:
 
 def _arms(found: Sequence[runs.Run], plan: sweeps.Plan | None) -> list[Arm]:
     leaves = [configs.flat(run.config) for run in found]
-    keys = list(plan.keys) if plan else compare.varying(leaves)
+    trained = [set(run.config.get("students", ())) for run in found]
+    # A student that only some runs have is an arm by its own name; its options name no run.
+    partial = set.union(*trained) - set.intersection(*trained)
+    varying = [k for k in compare.varying(leaves) if not (k.startswith("students.") and k.split(".")[1] in partial)]
+    keys = list(plan.keys) if plan else varying
     named = {run.folder: run.arm for run in plan.runs} if plan else {}
     inner = list(dict.fromkeys(arm for run in found for arm in run.arms))
-    several = len([arm for arm in inner if arm != runs.TEACHER]) > 1
+    references = {runs.TEACHER}.difference(*trained)
+    several = len([arm for arm in inner if arm not in references]) > 1
     members: dict[tuple[str, str], dict[Any, runs.Run]] = {}
     for run, own in zip(found, leaves, strict=True):
         outer = next((arm for folder, arm in named.items() if run.folder.match(folder)), None)
@@ -157,7 +162,7 @@ def _arms(found: Sequence[runs.Run], plan: sweeps.Plan | None) -> list[Arm]:
             outer = compare.label(keys, own) if own else run.folder.name
         for arm in run.arms:
             # A teacher evaluated by every run is one reference, not one for each arm.
-            group = members.setdefault(("" if arm == runs.TEACHER else outer, arm), {})
+            group = members.setdefault(("" if arm in references else outer, arm), {})
             seed = run.seed if run.seed is not None else len(group)
             while seed in group:
                 seed = f"{seed} again"
@@ -168,9 +173,9 @@ def _arms(found: Sequence[runs.Run], plan: sweeps.Plan | None) -> list[Arm]:
 
     def name(outer: str, arm: str) -> str:
         outer = outer.removeprefix(prefix) if bare else outer.replace(",", ", ")
-        return ", ".join(filter(None, [outer, arm if several or not outer or arm == runs.TEACHER else ""])) or "run"
+        return ", ".join(filter(None, [outer, arm if several or not outer or arm in references else ""])) or "run"
 
-    return [Arm(name(*key), key[1], group, key[1] == runs.TEACHER) for key, group in members.items()]
+    return [Arm(name(*key), key[1], group, key[1] in references) for key, group in members.items()]
 
 
 def _metrics(arms: Sequence[Arm], wanted: str | None) -> list[Metric]:

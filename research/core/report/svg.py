@@ -94,7 +94,9 @@ def lines(bands: Sequence[Band], title: str, percent: bool = False, size: tuple[
         f"{_text(LEFT - 8, y(v) + 4, number(v), 'end')}"
         for v in ticks(low, high)
     ]
-    steps = [v for v in ticks(first, last, width // 110) if x(v) > LEFT + 24]  # the word stands before them
+    steps = [
+        v for v in ticks(first, last, width // 110) if v == round(v) and x(v) > LEFT + 24
+    ]  # the word stands before them
     grid += [_text(x(v), height - BOTTOM + 17, number(v), "middle") for v in steps]
     grid.append(_text(LEFT - 8, height - BOTTOM + 17, "step", "end"))
     parts = []

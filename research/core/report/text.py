@@ -87,21 +87,23 @@ def headline(summary: Summary) -> str:
     metric, base = summary.primary, summary.baseline
     if metric is None:
         return "No run has been evaluated yet."
-    if not any(arm.values(metric.name) for arm in summary.compared):
+    found = {arm.label: compare.statistic(list(arm.values(metric.name).values())) for arm in summary.compared}
+    found = {label: statistic for label, statistic in found.items() if statistic}
+    if not found:
         return "No run is finished yet; the curves show what there is."
-    name = metric.name.replace("/", " ")
-    if base is None:
-        arm = summary.compared[0]
-        statistic = compare.statistic(list(arm.values(metric.name).values()))
-        return f"{name} {value(statistic, metric)}{unit(metric)} over {_seeds(statistic.n)}."
-    best = summary.best(metric)
-    arm = next(arm for arm in summary.compared if arm.label == best[0]) if best else base
-    gap = summary.gap(arm, metric)
-    start = f"{' and '.join(best)} {'have' if len(best) > 1 else 'has'} the best mean {name}"
-    statistic = compare.statistic(list(arm.values(metric.name).values()))
-    start += f", {value(statistic, metric)}{unit(metric)} over {_seeds(statistic.n)}"
+    best = summary.best(metric) or list(found)
+    name, own = metric.name.replace("/", " "), found[best[0]]
+    told = f"{value(own, metric)}{unit(metric)} over {_seeds(own.n)}"
+    if len(found) == 1:
+        return f"{best[0]}: {name} {told}{'' if base is None else '; no other arm is finished'}."
+    if len(best) > 1:
+        return f"{' and '.join(best)} share the best mean {name}."
+    start = f"{best[0]} has the best mean {name}, {told}"
+    if best == [base.label]:
+        return f"{start}: no arm improves on the baseline."
+    gap = summary.gap(next(arm for arm in summary.compared if arm.label == best[0]), metric)
     if gap is None:
-        return f"{start}: no arm improves on the baseline." if best == [base.label] else f"{start}."
+        return f"{start}; the baseline, {base.label}, is not finished."
     points = " points" if metric.percent else ""
     verdict = "" if clear(gap) else f"; {_seeds(gap.n)} cannot tell this gap from zero"
     return f"{start}: {value(gap, metric, signed=True)}{points} over the baseline, {base.label}{verdict}."
