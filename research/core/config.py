@@ -23,7 +23,7 @@ from research.core.errors import UserError
 from research.core.overrides import PREFIX, apply, freeze, has_groups, parse, suggest, thaw
 
 FILE = "config.json"
-# Patterns of the keys that a resumed run may have otherwise: how often it writes, on what it runs, where its teacher is.
+# Patterns of the keys that a resumed run may change: how often it writes, on what it runs, where its teacher is.
 MAY_CHANGE = ("log.*", "save.*", "*workers", "parallel.*", "teacher.workdir")
 _ABSENT = object()
 
