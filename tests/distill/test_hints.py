@@ -54,9 +54,8 @@ def gradient(hint, params, state, student, teacher, index):
 
 
 @functools.cache
-def on_one_device(name, group=None):
-    hint = build(name, **({"group": group} if group else {}))
-    return jax.jit(functools.partial(gradient, hint))(*state_of(name), STUDENT, TEACHER, INDEX)
+def on_one_device(name):
+    return jax.jit(functools.partial(gradient, build(name)))(*state_of(name), STUDENT, TEACHER, INDEX)
 
 
 def on_several(function, *arrays, devices=DEVICES):
@@ -116,13 +115,11 @@ def test_several_devices_give_the_loss_state_and_gradient_of_one(name):
 
 @pytest.mark.parametrize("name", ["fitnet", "review", "cc", "rkd"])
 def test_groups_compute_what_gpus_of_that_size_would(name):
-    # Four GPUs of two examples each, with unconnected losses and batch norms: the mean of their losses and gradients.
-    (loss, _), (grads, _) = on_one_device(name, group=2)
-    slices = [jax.tree.map(lambda x, k=k: x[2 * k : 2 * k + 2], (STUDENT, TEACHER, INDEX)) for k in range(4)]
-    one = jax.jit(functools.partial(gradient, build(name)))
-    apart = [one(*state_of(name), *part) for part in slices]
-    close(loss, sum(value for (value, _), _ in apart) / 4)
-    close(grads, jax.tree.map(lambda *g: sum(g) / 4, *[g for _, (g, _) in apart]))
+    # Four GPUs of two examples each, with unconnected losses and batch norms: the mean of their losses.
+    apply = lambda group: jax.jit(lambda *pair: build(name, group=group).apply(*state_of(name), *pair, epoch=2)[0])
+    loss, alone = apply(2)(STUDENT, TEACHER), apply(None)
+    gpus = [jax.tree.map(lambda x, k=k: x[2 * k : 2 * k + 2], (STUDENT, TEACHER)) for k in range(4)]
+    close(loss, sum(alone(*gpu) for gpu in gpus) / 4)
     assert abs(float(loss) - float(on_one_device(name)[0][0])) > 1e-4 * float(loss)
 
 
