@@ -5,6 +5,9 @@ import functools
 from collections.abc import Sized
 
 import grain.python as grain
+import numpy as np
+
+SMALL = 1 << 16  # permutations up to this length are written out, below it Grain's shuffle takes long walks
 
 
 def steps_per_epoch(source: Sized, batch_size: int, repeats: int = 1) -> int:
@@ -37,8 +40,8 @@ class Order:
     group: int | None = None
 
     @functools.cached_property
-    def _shuffled(self) -> grain.MapDataset:
-        """Element e * length + i is entry i of the e-th permutation."""
+    def _endless(self) -> grain.MapDataset:
+        """Element e * length + i is entry i of permutation e, computed in constant memory."""
         return grain.MapDataset.range(self.length).seed(self.seed).shuffle()
 
     def __call__(self, step: int, row: int) -> int:
@@ -48,4 +51,12 @@ class Order:
         entry = (step * self.batch_size + row) // self.repeats
         entries = -(-self.steps * self.batch_size // self.repeats)
         laps = -(-entries // self.length)  # permutations an epoch uses: one, unless the data are fewer than a batch
-        return int(self._shuffled[epoch * laps * self.length + entry])
+        number, entry = epoch * laps + entry // self.length, entry % self.length
+        if self.length <= SMALL:
+            return int(_permutation(self.seed, number, self.length)[entry])
+        return int(self._endless[number * self.length + entry])
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(seed: int, number: int, length: int) -> np.ndarray:
+    return np.random.default_rng((seed, number)).permutation(length)

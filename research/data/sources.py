@@ -122,13 +122,16 @@ class Tfds(Source):
 
         if not tfds_name and not path:
             raise UserError("data.tfds_name: a source of kind 'tfds' needs one, e.g. data.tfds_name=cifar10")
+        if path:
+            existing(path)
         try:
-            direct = not tfds_name and existing(path)
-            builder = tfds.builder_from_directory(path) if direct else tfds.builder(tfds_name, data_dir=path or None)
+            builder = tfds.builder(tfds_name, data_dir=path) if tfds_name else tfds.builder_from_directory(path)
             title = tfds_name or f"{path} ({builder.name})"
             splits = list(builder.info.splits or ())
             if not splits:
-                raise UserError(f"data.path: {title} is not prepared there; run its download_and_prepare()")
+                raise UserError(
+                    f"data.path: {title} is not prepared in {builder.data_dir}; see tfds' download_and_prepare"
+                )
             split = choose_split(split, splits, title)
             features = builder.info.features
             if not {"image", "label"} <= set(features):
