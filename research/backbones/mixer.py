@@ -170,7 +170,7 @@ INPUTS = {name: Input(mean=HALF, std=HALF) for name in VARIANTS if name.startswi
 
 _BLOCKS = (r"^blocks_(\d+)", r"blocks.\1")
 NAMES = {
-    "timm": [_BLOCKS, (r"\.(alpha|beta)$", r".\1", (1, 1, -1))],
+    "timm": [_BLOCKS, (r"\.(alpha|beta)$", r".\1", lambda shape: (1, 1, *shape))],
     # ResMLP's own checkpoints.
     "official": [
         _BLOCKS,
