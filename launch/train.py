@@ -151,6 +151,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     resolved = with_teacher(resolve(config, data), workdir)
     experiment = build(resolved, data)
     bound = bind(experiment, resolved)
+    _check_batches(resolved, bound.devices)
     configs.claim(workdir, config)  # whatever is wrong with the config was found before the folder is made
     train_teacher(resolved)
     environment.write(workdir)
@@ -181,6 +182,15 @@ def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     _export(workdir, experiment.export(bound.canonical(state)), costs)
     writer.done(results)
     return results
+
+
+def _check_batches(config: ConfigDict, devices: int) -> None:
+    parts = {"batch_size": devices * config.parallel.accumulate, "eval.batch_size": devices}
+    for key, shares in parts.items():
+        size = configs.get(config, key)
+        if size % shares:
+            near = max(size // shares, 1) * shares
+            raise UserError(f"{key}: {size} is not divisible by {shares}, devices times micro-batches; {near} would be")
 
 
 def _peak() -> float:

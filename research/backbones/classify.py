@@ -39,7 +39,7 @@ class Network(NamedTuple):
 
     def apply(self, params, model_state, images, *, train: bool = False, key: jax.Array | None = None):
         """Images in [0, 1], (B, H, W, 3) -> (logits (B, C) float32, endpoints, new model_state)."""
-        mean, std = jnp.asarray(self.mean, images.dtype), jnp.asarray(self.std, images.dtype)
+        mean, std = (jnp.asarray(x, images.dtype)[None, None, None, :] for x in (self.mean, self.std))
         images = ((images - mean) / std).astype(self.module.dtype)
         variables = {"params": params, **model_state}
         if not train:

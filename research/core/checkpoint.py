@@ -39,10 +39,16 @@ def _record(tree) -> dict[str, str]:
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    missing = [f"not in the checkpoint: {path} {wanted[path]}" for path in wanted if path not in saved]
-    unused = [f"only in the checkpoint: {path} {saved[path]}" for path in saved if path not in wanted]
-    both = [path for path in wanted if path in saved and saved[path] != wanted[path]]
-    return missing + unused + [f"{path}: checkpoint {saved[path]}, wanted {wanted[path]}" for path in both]
+    """What differs, the parameters first: the rest of a state follows from them."""
+    lines = []
+    for path in sorted({*saved, *wanted}, key=lambda path: (not path.startswith("params/"), path)):
+        if path not in saved:
+            lines.append(f"not in the checkpoint: {path} {wanted[path]}")
+        elif path not in wanted:
+            lines.append(f"only in the checkpoint: {path} {saved[path]}")
+        elif saved[path] != wanted[path]:
+            lines.append(f"{path}: checkpoint {saved[path]}, wanted {wanted[path]}")
+    return lines
 
 
 class Checkpoints:

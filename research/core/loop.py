@@ -1,11 +1,12 @@
 """The one training loop: step, log, evaluate, save, resume; it stops cleanly on a signal and on a non-finite loss."""
 
 import contextlib
+import functools
 import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -97,13 +98,14 @@ class _Window:
         return metrics_lib.finish(metrics_lib.merge(*[metrics for _, metrics in fetched])) if fetched else {}
 
 
-def evaluate(runner: Runner, state, batches: Iterator[dict]) -> dict[str, float]:
+def total(found: Iterable[dict]) -> dict[str, float]:
+    """Exact means of the metrics of several batches, given as dicts of (sum, count) pairs."""
+    return metrics_lib.finish(functools.reduce(metrics_lib.merge, map(jax.device_get, found), {}))
+
+
+def evaluate(runner: Runner, state, batches: Iterable[dict]) -> dict[str, float]:
     """Exact means of the experiment's evaluation metrics over all examples of `batches`."""
-    totals = {}
-    for batch in batches:
-        found = jax.device_get(runner.eval_step(state, runner.put(batch)))
-        totals = metrics_lib.merge(totals, found) if totals else found
-    return metrics_lib.finish(totals)
+    return total(runner.eval_step(state, runner.put(batch)) for batch in batches)
 
 
 def start(runner: Runner, key: jax.Array, checkpoints: Checkpoints | None):

@@ -85,7 +85,7 @@ def _arm(student: Mapping, config, labels: Callable[[], np.ndarray] | None) -> A
     )
 
 
-def _optimizer(config, student: Mapping):
+def optimizer(config, student: Mapping):
     """(gradient transformation, schedule) of one arm: the config's sections with the arm's own values over them."""
     options = {**config.optimizer, **student.optimizer}
     extra, lr, clip = dict(options.pop("options")), options.pop("lr"), options.pop("clip")
@@ -116,7 +116,7 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         )
     optimizers, rates = {}, {}
     for name, student in config.students.items():
-        optimizers[name], rates[name] = _optimizer(config, student)
+        optimizers[name], rates[name] = optimizer(config, student)
 
     def init(key):
         params, state = {}, {}

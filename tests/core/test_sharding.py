@@ -55,7 +55,7 @@ def test_unknown_strategy_names_itself():
 
 
 def test_unmatched_and_indivisible_arrays_are_reported(caplog):
-    with caplog.at_level("INFO", logger="absl"):
+    with caplog.at_level("INFO", logger="research.core.sharding"):
         specs({"fsdp": 8}, [("kernel", "fsdp")], smallest=0)
     text = caplog.text
     assert "no rule matches dense/bias" in text

@@ -1,0 +1,15 @@
+"""VanillaKD, ConvNeXtV2-T student, recipe A2 (300 epochs), BEiTv2-B teacher.
+
+Command:    python -m launch.train --config configs/distill/vanilla_kd_convnextv2_t_a2.py \\
+              --config.data.path=/data/imagenet --config.teacher.weights=beitv2_base_patch16_224.safetensors
+            (":teacher=beitv2_large", ":teacher=resnet152", ":arms=none+kd+dkd+dist", ":smoke")
+Hardware:   8 H200 about 2.4 h, or a v5e-256 about 22 min (estimated at 35 % MFU with one arm; not run here)
+Published:  top-1 / top-5 85.03 / 97.44 after 4,800 epochs (model zoo); none read for 300 epochs
+The repository holds no command for this student: recipe A2 is applied as to ResNet-50.
+"""
+
+from configs.distill import imagenet
+
+
+def get_config(arg: str = ""):
+    return imagenet.config(arg, "convnextv2_tiny", "a2")
