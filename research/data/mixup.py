@@ -135,7 +135,8 @@ def draw(key: jax.Array, height: int, width: int, *, mixup_alpha, cutmix_alpha, 
     chance = switch_prob if mixup_alpha and cutmix_alpha else float(cutmix_alpha > 0)
     is_cut = jax.random.uniform(switch) < chance
     alpha = jnp.where(is_cut, cutmix_alpha or 1.0, mixup_alpha or 1.0)
-    lam = jnp.where(jax.random.uniform(coin) < prob, jax.random.beta(beta, alpha, alpha), 1.0)
+    gammas = jax.random.loggamma(beta, alpha, (2,))  # g1 / (g1 + g2) of two Gamma(alpha) is Beta(alpha, alpha)
+    lam = jnp.where(jax.random.uniform(coin) < prob, jax.nn.sigmoid(gammas[0] - gammas[1]), 1.0)
     box = cutmix_box(place, lam, height, width)
     lam = jnp.where(is_cut, corrected_lam(box, height, width), lam)
     weight = jnp.where(is_cut, 1.0 - _inside(box, height, width).astype(jnp.float32), lam)
@@ -143,8 +144,8 @@ def draw(key: jax.Array, height: int, width: int, *, mixup_alpha, cutmix_alpha, 
 
 
 def _inside(box: Box, height: int, width: int) -> jax.Array:
-    top, bottom, left, right = box
-    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)[None, :]
+    top, bottom, left, right = (jnp.asarray(edge, jnp.int32) for edge in box)
+    rows, columns = jnp.arange(height, dtype=jnp.int32)[:, None], jnp.arange(width, dtype=jnp.int32)[None, :]
     return ((rows >= top) & (rows < bottom)) & ((columns >= left) & (columns < right))
 
 
