@@ -64,9 +64,9 @@ def choose_split(split: str | None, splits: Sequence[str], where: str) -> str:
     """`split` if the data has it, else an error naming those it has."""
     if split in splits:
         return split
-    said = f"no split {split!r}" if split else "no split chosen"
+    said = f"no {split!r}" if split else "not set"
     has = ", ".join(map(repr, splits))
-    raise UserError(f"data: {said}; {where} has {has}: set data.train and data.eval to these{nearest(split, splits)}")
+    raise UserError(f"data.split or eval.split: {said}; {where} has {has}{nearest(split, splits)}")
 
 
 def nearest(wrong: str | None, names: Sequence[str]) -> str:

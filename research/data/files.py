@@ -144,8 +144,8 @@ def arrange(root: str, paths: list[str], split: str | None) -> tuple[list[tuple[
         choose_split(split, tops, root)
     elif split:
         raise UserError(
-            f"data: no split {split!r}; {root} has no splits, only classes ({', '.join(tops[:3])}, ...): put them into "
-            "folders train and test, or name no split"
+            f"data.split or eval.split: no {split!r}; {root} has no splits, only classes ({', '.join(tops[:3])}, ...): "
+            "put them into folders train and test, or leave the option empty"
         )
     skip += has_splits
     classes = {path: _class_of(root, path, p[skip:]) for path, p in parts.items()}

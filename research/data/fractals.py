@@ -11,9 +11,10 @@ import functools
 import numpy as np
 
 from research.core.errors import UserError
-from research.data.base import Source
+from research.data.base import Source, choose_split
 
 POINTS = 100_000  # rendered points an image, as FractalDB
+SPLITS = ("train", "test")
 _CHAINS = 500  # points that wander side by side: the chaos game as array operations
 _BURN_IN = 20  # steps until a chain is on the attractor
 _FILLED = 0.2  # least share of pixels a class fills at 32x32, FractalDB's test for a shape worth learning
@@ -28,13 +29,23 @@ class Fractals(Source):
       instances: images a class. None makes the source endless: 2^31 - 1 images, every one different.
       seed: another seed gives other systems.
       color: a colour for every image instead of white, still on black.
+      split: `test` gives other images of the same systems than `train`, the default.
     """
 
-    def __init__(self, size=224, num_classes: int = 1000, instances: int | None = 1000, seed: int = 0, color=False):
+    def __init__(
+        self,
+        size: int = 224,
+        num_classes: int = 1000,
+        instances: int | None = 1000,
+        seed: int = 0,
+        color: bool = False,
+        split: str = "train",
+    ):
         if min(size, num_classes) < 1 or (instances is not None and instances < 1):
             raise UserError(f"data: fractals of {size=}, {num_classes=}, {instances=}: each has to be at least 1")
         super().__init__(f"fractals of {num_classes} systems", [f"ifs{i:04d}" for i in range(num_classes)])
         self.size, self.seed, self.color = size, seed, color
+        self.part = 1 + SPLITS.index(choose_split(split, SPLITS, self.name))
         self.length = 2**31 - 1 if instances is None else num_classes * instances
 
     def __len__(self) -> int:
@@ -45,7 +56,7 @@ class Fractals(Source):
         return {"image": self.image(index), "label": index % self.num_classes, "index": int(index)}
 
     def image(self, index: int) -> np.ndarray:
-        rng = np.random.default_rng((self.seed, 1, index))
+        rng = np.random.default_rng((self.seed, self.part, index))
         maps, weights = system(self.seed, index % self.num_classes)
         # FractalDB: each of the parameters scaled by 0.8 to 1.2. Scaling the six together keeps the shape recognisable.
         scale = rng.uniform(0.8, 1.2, len(maps))

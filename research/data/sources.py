@@ -121,7 +121,7 @@ class Tfds(Source):
         import tensorflow_datasets as tfds
 
         if not tfds_name and not path:
-            raise UserError("data.tfds_name: a source of kind 'tfds' needs one, e.g. data.tfds_name=cifar10")
+            raise UserError("data.options.tfds_name: a source of kind 'tfds' needs one, e.g. cifar10, or data.path")
         if path:
             existing(path)
         try:
@@ -141,7 +141,9 @@ class Tfds(Source):
             raise
         except (tfds.core.DatasetNotFoundError, ValueError, NotImplementedError, OSError) as error:
             line = str(error).strip().split("\n")[0]
-            raise UserError(f"data.tfds_name: TensorFlow Datasets cannot open {tfds_name or path} ({line})") from None
+            raise UserError(
+                f"data.options.tfds_name: TensorFlow Datasets cannot open {tfds_name or path} ({line})"
+            ) from None
         super().__init__(f"{title} {split}", features["label"].names)
 
     def __len__(self) -> int:
@@ -182,7 +184,7 @@ def source(
     Args:
       kind: `digits`, `folder`, `zip`, `tfds`, `arrays` or `fractals`; None tells folders, .zip and .npz files apart.
       path: the folder, .zip or .npz file, or the data_dir of TensorFlow Datasets.
-      split: the part to read, where the data has parts; `train`, `test` and `all` of digits.
+      split: the part to read, where the data has parts; `train`, `test` and `all` of digits; `test` of fractals.
       num_classes: the number of classes expected (0 or None: whatever the data has); for fractals, the number made.
       **options: `tfds_name` (tfds), `images` and `labels` (arrays), `size`, `instances`, `seed`, `color` (fractals).
     Raises:
@@ -196,7 +198,11 @@ def source(
     for option in options:
         if option not in takes:
             own = ", ".join(name for name in takes if name not in ("path", "split", "num_classes"))
-            raise UserError(f"data.{option}: not an option of kind {kind!r}, which takes {own or 'none'}")
+            raise UserError(f"data.options.{option}: not an option of kind {kind!r}, which takes {own or 'none'}")
+    if path and "path" not in takes:
+        raise UserError(
+            f"data.path: {path} given, but kind {kind!r} reads no file: set data.kind to folder, zip or arrays"
+        )
     common = {"path": path, "split": split, "num_classes": num_classes}
     opened = KINDS[kind](**{key: value for key, value in common.items() if key in takes and value}, **options)
     if len(opened) == 0:

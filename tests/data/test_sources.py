@@ -157,7 +157,7 @@ def test_tfds_without_tensorflow(tmp_path):
     assert {(e["image"], e["label"]) for e in all_of(opened)} == {(jpeg(i), i % 2) for i in range(4)}
     assert pickle.loads(pickle.dumps(opened))[2] == opened[2]
     assert "tensorflow" not in sys.modules
-    with pytest.raises(ValueError, match="no split 'test'.*'train'"):
+    with pytest.raises(ValueError, match="no 'test'.*'train'"):
         source("tfds", path, "test")
 
 
@@ -170,8 +170,9 @@ def test_fractals_depend_on_index_alone():
     again = source("fractals", num_classes=5, size=48)
     np.testing.assert_array_equal(again[7]["image"], examples[0]["image"])
     assert (examples[0]["image"] != examples[1]["image"]).any()
-    other = source("fractals", num_classes=5, size=48, seed=1)
-    assert (other[7]["image"] != examples[0]["image"]).any()
+    for options in (dict(seed=1), dict(split="test")):
+        other = source("fractals", num_classes=5, size=48, **options)
+        assert (other[7]["image"] != examples[0]["image"]).any() and other[7]["label"] == 2
 
 
 def test_fractals_of_a_class_are_alike_and_fill_the_canvas():
@@ -232,8 +233,8 @@ def make_wrong(kind, path):
         ("classes", dict(path=None), ["data.kind", "digits", "data.path"]),
         ("classes", dict(num_classes=3), ["data.num_classes: 3", "has 2 (a, b", "data.num_classes=2"]),
         ("classes", dict(split="train"), ["'train'", "no splits", "a, b"]),
-        ("classes", dict(size=3), ["data.size", "'folder'"]),
-        ("splits", dict(), ["'test', 'train'", "data.train"]),
+        ("classes", dict(size=3), ["data.options.size", "'folder'"]),
+        ("splits", dict(), ["'test', 'train'", "data.split", "not set"]),
         ("splits", dict(split="val"), ["'val'", "'test', 'train'"]),
         ("splits", dict(split="trian"), ["did you mean train"]),
         ("no images", dict(), ["data.path", "holds no images", ".jpg"]),
@@ -244,10 +245,12 @@ def make_wrong(kind, path):
         ("empty zip", dict(), ["data.path", "a.zip", "holds no images"]),
         ("objects", dict(), ["data.path", "a.npz", "plain arrays"]),
         ("no labels", dict(), ["data.path", "a.npz", "'label'"]),
-        ("classes", dict(kind="tfds", path=None), ["data.tfds_name"]),
+        ("classes", dict(kind="tfds", path=None), ["data.options.tfds_name"]),
         ("classes", dict(kind="tfds", tfds_name="cifar10"), ["cifar10"]),
         ("classes", dict(kind="digits", path=None, split="dev"), ["'dev'", "'train', 'test', 'all'"]),
         ("classes", dict(kind="digits", path=None, split="test", num_classes=11), ["data.num_classes: 11", "=10"]),
+        ("classes", dict(kind="digits", split="test"), ["data.path", "'digits' reads no file", "folder"]),
+        ("classes", dict(kind="fractals", path=None, split="val"), ["eval.split", "'train', 'test'"]),
         ("classes", dict(kind="fractals", path=None, instances=0), ["instances=0"]),
     ],
 )
