@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain.python as grain
 import numpy as np
@@ -22,6 +22,7 @@ from research.data.base import BadExample, Source
 from research.data.order import Order, steps_per_epoch
 
 ON_CORRUPT = ("raise", "skip")
+PART = 16  # most examples a thread reads at a time
 _FOREVER = 2**40  # steps of an endless run
 
 
@@ -189,15 +190,21 @@ def eval_batches(
 def _batches(row: Callable[[int], dict], count: int, rows: int, workers: int, threads, prefetch: int) -> Batches:
     examples = grain.MapDataset.range(count).map(row)
     if workers == 0:
+        # Threads work on parts of a batch, so that the consumer has few pieces to put together.
+        part = max(size for size in range(1, min(rows, PART) + 1) if rows % size == 0)
         threads = threads or cores()
-        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch * rows))
-        return Batches(examples.to_iter_dataset(ahead).batch(rows))
+        ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch * rows // part))
+        return Batches(examples.batch(part).to_iter_dataset(ahead).batch(rows // part, batch_fn=_join))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's process code reads absl flags, and programs without absl never parse any
     # Whole batches go to the workers in turn, and come back in turn: the order does not depend on who is fast.
     batches = examples.batch(rows).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
     return Batches(batches.mp_prefetch(options, worker_init_fn=_begin_worker))
+
+
+def _join(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def _begin_worker(index: int, count: int) -> None:
