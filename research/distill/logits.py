@@ -144,7 +144,8 @@ def dist(
 
     P = softmax(z/T), rho = Pearson correlation. Logits (..., C): leading axes are rows alike, so segmentation maps
     (B, H, W, C) correlate over all pixels. The second term depends on the rows it is given (256 in the published runs).
-    Huang et al. 2022, eq. 7-10.
+    Where all of a row's student logits are equal, as of a zero-initialised head, its correlation has no direction and a
+    gradient of order 1/eps: clip the gradient, or warm up. Huang et al. 2022, eq. 7-10.
 
     Raises:
       ValueError: a single row.

@@ -98,6 +98,15 @@ def test_init_needs_shapes_only(name):
 
 
 @pytest.mark.parametrize("name", losses.HINTS)
+def test_losses_of_bfloat16_endpoints_are_float32(name):
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (STUDENT, TEACHER))
+    apply = functools.partial(build(name).apply, index=INDEX, key=jax.random.key(3), epoch=jnp.ones((), jnp.int32))
+    loss, state = jax.eval_shape(apply, *state_of(name), *low)
+    assert loss.dtype == jnp.float32
+    assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, state_of(name)[1])
+
+
+@pytest.mark.parametrize("name", losses.HINTS)
 def test_several_devices_give_the_loss_state_and_gradient_of_one(name):
     (loss, state), (params_gradient, student_gradient) = on_one_device(name)
 
