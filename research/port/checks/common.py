@@ -70,8 +70,19 @@ def run(
     return {"logits": logits, **taps}, endpoints, updates
 
 
-def image_gradient(golden: Golden, family, model: nn.Module, dialect: str | None = None) -> jax.Array:
-    """Gradient of the sum of all logits for `x/image`, in NCHW."""
+def with_gradient(
+    golden: Golden, family, model: nn.Module, dialect: str | None = None
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Evaluates `model` on `x/image` and differentiates.
+
+    Returns:
+      ({"logits", "grad_image_of_logit_sum": gradient of the sum of all logits, in NCHW}, all endpoints).
+    """
     weights = variables(golden, family, model, dialect)
-    total = lambda image: jnp.sum(model.apply(weights, nhwc(image))[0])
-    return jax.jit(jax.grad(total))(np.asarray(golden.x["image"]))
+
+    def total(image):
+        logits, endpoints = model.apply(weights, nhwc(image))
+        return jnp.sum(logits), (logits, endpoints)
+
+    gradient, (logits, endpoints) = jax.jit(jax.grad(total, has_aux=True))(np.asarray(golden.x["image"]))
+    return {"logits": logits, "grad_image_of_logit_sum": gradient}, endpoints

@@ -24,14 +24,13 @@ def check_cifar_resnet(golden: Golden) -> dict:
         dtype=jnp.float64,
     )
     dialect = "mdistiller" if head == "fc" else "shortcut"
-    outputs, endpoints, _ = common.run(golden, cifar_resnet, model, str, dialect=dialect)
+    outputs, endpoints = common.with_gradient(golden, cifar_resnet, model, dialect)
     # Both official lists start with the stem after its ReLU.
     outputs |= {"pooled_feat": endpoints["pooled"]}
     outputs |= {name: common.nchw(endpoints["stem"]) for name in ("feat_0", "preact_feat_0")}
     for k in range(1, stages + 1):
         outputs[f"feat_{k}"] = common.nchw(endpoints[f"stage{k}"])
         outputs[f"preact_feat_{k}"] = common.nchw(endpoints[f"stage{k}_preact"])
-    outputs["grad_image_of_logit_sum"] = common.image_gradient(golden, cifar_resnet, model, dialect)
     return outputs
 
 
@@ -40,6 +39,5 @@ def check_convnextv2(golden: Golden) -> dict:
     shapes = {"depths", "dims", "num_classes"} & set(golden.kwargs)
     kwargs = {k: tuple(v) if isinstance(v := golden.kwargs[k], list) else v for k in shapes}
     model = convnext.build(use_grn=True, ls_init_value=None, dtype=jnp.float64, **kwargs)
-    outputs, endpoints, _ = common.run(golden, convnext, model, str, dialect="official")
-    gradient = common.image_gradient(golden, convnext, model, "official")
-    return {**outputs, "features": endpoints["pooled"], "grad_image_of_logit_sum": gradient}
+    outputs, endpoints = common.with_gradient(golden, convnext, model, "official")
+    return {**outputs, "features": endpoints["pooled"]}

@@ -60,8 +60,8 @@ def check_swin(golden: Golden) -> dict:
 def check_vanillakd_beit(golden: Golden) -> dict:
     """VanillaKD's teacher: tokens, logits, the gradient of the summed logits, and tokens unfolded to maps."""
     model = beit.build(**arguments(golden, "global_pool"))
-    outputs = _run(golden, beit, model)
-    outputs["grad_image_of_logit_sum"] = common.image_gradient(golden, beit, model)
+    outputs, endpoints = common.with_gradient(golden, beit, model)
+    outputs |= endpoints
     for key in golden.y:
         if match := re.fullmatch(r"unpatchify_p(\d+)", key):
             outputs[key] = common.nchw(beit.unpatchify(jnp.asarray(golden.x["tokens_for_unpatchify"]), int(match[1])))
