@@ -46,6 +46,6 @@ setup(
         "detection": ["faster-coco-eval>=1.6,<2", "pycocotools>=2.0.8,<3"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
-        "torch": ["torch>=2.4,<3"],
+        "torch": ["torch>=2.6,<3"],
     },
 )

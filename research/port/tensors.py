@@ -1,8 +1,10 @@
 """Files of named arrays: `.safetensors` read and written without PyTorch, PyTorch's own files read with it."""
 
+import argparse
 import os
 import pathlib
 import pickle
+import re
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -15,6 +17,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
 # What wrappers for parallel or compiled training put before every name.
 PREFIXES = ("module.", "_orig_mod.")
+SAFE_TORCH = (2, 6)
 
 _DTYPES = {
     "BF16": ml_dtypes.bfloat16,
@@ -102,15 +105,28 @@ def _read_pickle(path: pathlib.Path):
         raise ValueError(
             f"{path} is a PyTorch file: pip install 'stillroom[torch]' to read it, or use its .safetensors form"
         ) from None
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_TORCH:
         raise ValueError(
-            f"{path} holds pickled objects other than tensors and was refused, nothing in it was executed: ask for a "
-            f".safetensors file ({str(error).splitlines()[0]})"
+            f"{path}: PyTorch {torch.__version__} can be made to execute code by a crafted file even where it reads "
+            "tensors only (CVE-2025-32434): pip install 'torch>=2.6'"
+        )
+    try:
+        # timm saves its command line beside the weights; a Namespace is a plain container.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # PyTorch's text goes on to advise against its own protection; only what it objects to is of use.
+        objects = ", ".join(dict.fromkeys(re.findall(r"GLOBAL (\S+)", str(error))))
+        raise ValueError(
+            f"{path} holds pickled objects other than tensors{f' ({objects})' if objects else ', or is damaged'}: it was "
+            "refused and nothing in it executed; ask for a .safetensors file"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no intact PyTorch file ({str(error).splitlines()[0]}): fetch it again") from None
+    except Exception as error:  # A damaged pickle can stop its reader with any exception.
+        raise ValueError(f"{path} is no intact PyTorch file ({_first_sentence(error)}): fetch it again") from None
+
+
+def _first_sentence(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).split(". ")[0]
 
 
 def _numpy(state: Mapping) -> dict[str, np.ndarray]:

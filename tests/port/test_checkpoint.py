@@ -1,5 +1,6 @@
 """Checkpoints in and out: what comes back, and what is refused with one clear line."""
 
+import contextlib
 import pathlib
 import pickle
 import sys
@@ -167,18 +168,37 @@ def test_a_pickle_is_not_touched_without_torch(pickled, monkeypatch):
     assert not marker.exists()
 
 
-def test_a_pickle_of_other_objects_is_refused_unexecuted(pickled, monkeypatch):
-    path, marker = pickled
+def torch_that(raises, version="2.6.0"):
+    """Stands in for PyTorch, whose loader of plain tensors ends with an exception."""
 
     def load(path, *, map_location, weights_only):
         assert weights_only and map_location == "cpu"
-        raise pickle.UnpicklingError("Weights only load failed.\nUnsupported global: pathlib.Path.touch")
+        raise raises
 
-    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(load=load))
-    with pytest.raises(ValueError, match="refused, nothing in it was executed") as caught:
+    serialization = types.SimpleNamespace(safe_globals=lambda allowed: contextlib.nullcontext())
+    return types.SimpleNamespace(load=load, serialization=serialization, __version__=version)
+
+
+@pytest.mark.parametrize(
+    "raises, message",
+    [
+        (pickle.UnpicklingError("failed.\nUnsupported global: GLOBAL os.system was"), r"\(os.system\): it was refused"),
+        (EOFError(), r"no intact PyTorch file \(EOFError\)"),
+    ],
+)
+def test_a_pickle_that_torch_refuses_ends_in_one_line(pickled, monkeypatch, raises, message):
+    path, marker = pickled
+    monkeypatch.setitem(sys.modules, "torch", torch_that(raises))
+    with pytest.raises(ValueError, match=message) as caught:
         checkpoint.load_official(MODEL, path)
     assert len(str(caught.value).splitlines()) == 1
     assert not marker.exists()
+
+
+def test_a_torch_with_a_known_hole_is_not_used(pickled, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", torch_that(AssertionError("was called"), version="2.5.1+cpu"))
+    with pytest.raises(ValueError, match=r"pip install 'torch>=2.6'"):
+        checkpoint.load_official(MODEL, pickled[0])
 
 
 @pytest.mark.parametrize("keys", [("state_dict",), ("model",), ("state_dict_ema",), ("state_dict", "module"), ()])
