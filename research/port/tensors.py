@@ -116,10 +116,10 @@ def _read_pickle(path: pathlib.Path):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # PyTorch's text goes on to advise against its own protection; only what it objects to is of use.
-        objects = ", ".join(dict.fromkeys(re.findall(r"GLOBAL (\S+)", str(error))))
+        objects = ", ".join(dict.fromkeys(re.findall(r"GLOBAL (\S+)", str(error)))) or "or is damaged"
         raise ValueError(
-            f"{path} holds pickled objects other than tensors{f' ({objects})' if objects else ', or is damaged'}: it was "
-            "refused and nothing in it executed; ask for a .safetensors file"
+            f"{path} holds pickled objects other than tensors ({objects}): it was refused and nothing in it executed; "
+            "ask for a .safetensors file"
         ) from None
     except Exception as error:  # A damaged pickle can stop its reader with any exception.
         raise ValueError(f"{path} is no intact PyTorch file ({_first_sentence(error)}): fetch it again") from None
