@@ -16,7 +16,7 @@ def get_config(arg: str = ""):
     c = common.base()
     c.experiment = "research.distill.vanilla_kd"
     c.batch_size = 64
-    c.epochs = 24.0
+    c.epochs = 30.0
     c.data.kind = "digits"
     c.augment.size = c.eval.size = 16
     c.augment.crop = "resized"

@@ -29,7 +29,7 @@ ARMS = {
     "review": dict(hint="review", label_loss="ce"),
 }
 CONV_SMALL = dict(layers=(1, 1, 1, 1), channels=(4, 4, 8, 8))
-TOKENS_SMALL = dict(img_size=32, patch_size=8, embed_dim=12, depth=6, num_heads=3)
+TOKENS_SMALL = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3)
 SMALL = {"resnet": CONV_SMALL, "vit": TOKENS_SMALL, "beitv2": TOKENS_SMALL}
 SMALL["convnextv2"] = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
 

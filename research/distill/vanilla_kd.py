@@ -111,9 +111,7 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         raise ValueError("students: no arm to train; add one, such as config.students.kd")
     needy = [name for name, arm in arms.items() if arm.loss or arm.hint]
     if needy and teacher is None:
-        raise ValueError(
-            f"students.{needy[0]} distils but there is no teacher: set teacher.model, or loss and hint to ''"
-        )
+        raise ValueError(f"students.{needy[0]} distils without a teacher: set teacher.model, or loss and hint to ''")
     optimizers, rates = {}, {}
     for name, student in config.students.items():
         optimizers[name], rates[name] = optimizer(config, student)
@@ -169,7 +167,7 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
             if arm.loss:
                 value = value + arm.loss_weight * arm.loss(logits, known, y)
             if arm.hint:
-                epoch = context.step // config.steps_per_epoch
+                epoch = (context.step // config.steps_per_epoch).astype(jnp.float32)
                 extra = {"labels": y, "index": batch["index"], "key": hint_key, "epoch": epoch}
                 hinted, adaptor = arm.hint.apply(own["adaptor"], old["adaptor"], endpoints, taught, **extra)
                 value = value + arm.hint_weight * hinted

@@ -27,7 +27,7 @@ ARGUMENTS = {
 def one_device(monkeypatch):
     """The smoke runs are about the configs: compiling for one device takes less time than for eight."""
     bind = train.runner.build
-    monkeypatch.setattr(train.runner, "build", lambda e, **options: bind(e, **options, devices=jax.devices()[:1]))
+    monkeypatch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -133,7 +133,7 @@ def test_an_arm_may_have_its_own_rate():
     [
         ({"students.kd.loss": "kdd"}, "did you mean 'kd'"),
         ({"students.kd.label_loss": "bcee"}, "did you mean 'bce'"),
-        ({"teacher.model": ""}, "students.kd distils without a teacher"),
+        ({"teacher.model": ""}, "distils without a teacher: set teacher.model"),
     ],
 )
 def test_wrong_arms_are_refused(changes, text):

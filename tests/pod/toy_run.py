@@ -19,7 +19,7 @@ parser.add_argument("--signal-at", type=int, default=-1, help="send this process
 args = parser.parse_args()
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices} --xla_backend_optimization_level=0"
 
 import signal
 
