@@ -1,6 +1,5 @@
 """Golden checks of the standard backbones against timm."""
 
-import functools
 import re
 
 import jax.numpy as jnp
@@ -10,16 +9,14 @@ from research.port.checks import common, transformers
 from research.port.names import to_official
 from research.port.verify import Golden
 
-# Official constructor arguments that are named otherwise here; what both call the same passes through.
-RENAMED = {"drop_path_rate": "drop_path"}
 # Arguments that change nothing in the forward pass of a golden, or only state the default.
 NEUTRAL = {"in_chans", "global_pool", "img_size", "drop_path_rate", "drop_rate", "zero_init_last"}
 
 
 def arguments(golden: Golden, drop: set[str] = NEUTRAL) -> dict:
-    """The official constructor's arguments under our names, computing in float64."""
-    kept = {RENAMED.get(k, k): v for k, v in golden.kwargs.items() if k not in drop}
-    return {**{k: tuple(v) if isinstance(v, list) else v for k, v in kept.items()}, "dtype": jnp.float64}
+    """The official constructor's arguments, which have the same names here; computing in float64."""
+    kept = {k: tuple(v) if isinstance(v, list) else v for k, v in golden.kwargs.items() if k not in drop}
+    return {**kept, "dtype": jnp.float64}
 
 
 def _resnet(golden: Golden) -> resnet.ResNet:
@@ -29,20 +26,17 @@ def _resnet(golden: Golden) -> resnet.ResNet:
     return resnet.build(**kwargs)
 
 
-def _resnet_endpoint(golden: Golden, module: str) -> str:
-    if module == "conv1":
-        return "conv1.6" if "conv1.6.weight" in golden.w else "conv1"
+def _resnet_endpoint(module: str) -> str:
     return {"bn1": "stem_preact", "act1": "stem"}.get(module) or re.sub(r"^layer(\d)$", r"stage\1", module)
 
 
 def check_resnet(golden: Golden) -> dict:
-    return common.run(golden, resnet, _resnet(golden), functools.partial(_resnet_endpoint, golden))[0]
+    return common.run(golden, resnet, _resnet(golden), _resnet_endpoint)[0]
 
 
 def check_resnet_train(golden: Golden) -> dict:
     """One forward pass with batch statistics; `buf.*` are the running statistics after it."""
-    endpoint = functools.partial(_resnet_endpoint, golden)
-    outputs, _, updates = common.run(golden, resnet, _resnet(golden), endpoint, train=True)
+    outputs, _, updates = common.run(golden, resnet, _resnet(golden), _resnet_endpoint, train=True)
     return outputs | {f"buf.{name}": value for name, value in to_official(updates, resnet.NAMES["timm"]).items()}
 
 

@@ -46,7 +46,7 @@ def run(
     Args:
       family: the backbone module with the rules of names.
       endpoint: official module name -> name of our endpoint, for the `feat.<module>` the golden expects. A name that is
-        no endpoint is looked up among the outputs of all submodules, by official name.
+        no endpoint is looked up among the outputs of all modules, by official name.
       dialect: key of `family.NAMES`; the first by default.
       layout: turns an endpoint into the official axis order.
       **options: of the call, such as `train=True`.
@@ -66,8 +66,14 @@ def run(
     for key in golden.y:
         if key.startswith("feat."):
             name = endpoint(key.removeprefix("feat."))
-            taps[key] = layout(endpoints[name] if name in endpoints else inner[name])
+            taps[key] = layout(endpoints[name] if name in endpoints else _output(inner, name))
     return {"logits": logits, **taps}, endpoints, updates
+
+
+def _output(inner: dict[str, jax.Array], name: str) -> jax.Array:
+    """Output of the official module `name`; that of a sequence is its last numbered part's."""
+    parts = [int(part) for module in inner if (part := module.removeprefix(f"{name}.")).isdigit()]
+    return inner[f"{name}.{max(parts)}" if name not in inner and parts else name]
 
 
 def with_gradient(
