@@ -115,14 +115,15 @@ def measure(source: base.Source, transform, options: argparse.Namespace, peer: P
         with one_core():
             return rate(source, transform, options, clock=time.process_time, threads=1)
 
+    # What is compared stands side by side.
     ways: dict[str, Callable[[], float]] = {
         CORE: alone,
+        TORCH_CORE: lambda: peer.rate(0, options.seconds),
         THREADS: lambda: rate(source, transform, options, threads=cores),
+        TORCH_WORKERS: lambda: peer.rate(cores, options.seconds),
         WORKERS: lambda: rate(source, transform, options, workers=cores),
     }
-    if peer:
-        ways[TORCH_CORE] = lambda: peer.rate(0, options.seconds)
-        ways[TORCH_WORKERS] = lambda: peer.rate(cores, options.seconds)
+    ways = {name: way for name, way in ways.items() if peer or name not in (TORCH_CORE, TORCH_WORKERS)}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
         for name, way in ways.items():
@@ -159,8 +160,8 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--size", type=int, default=224, help="side of the result in pixels (224)")
     found.add_argument("--batch", type=int, default=32, help="images a batch (32)")
-    found.add_argument("--seconds", type=float, default=2.0, help="time of each measurement (2)")
-    found.add_argument("--rounds", type=int, default=3, help="rounds, of which the median counts (3)")
+    found.add_argument("--seconds", type=float, default=1.0, help="time of each measurement (1)")
+    found.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts (7)")
     found.add_argument(
         "--torch-python",
         dest="python",

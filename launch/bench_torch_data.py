@@ -92,10 +92,12 @@ def main() -> int:
         return 1
     ready = f"torch {torch.__version__}, timm {timm.__version__}"
     print(json.dumps({"ready": ready}), file=answer, flush=True)
-    everywhere = os.sched_getaffinity(0)
+    pins = hasattr(os, "sched_setaffinity")
+    everywhere = os.sched_getaffinity(0) if pins else set()
     for line in sys.stdin:
         workers, seconds = line.split()
-        os.sched_setaffinity(0, everywhere if int(workers) else {min(everywhere)})
+        if pins:
+            os.sched_setaffinity(0, everywhere if int(workers) else {min(everywhere)})
         speed = rate(images, options.batch, int(workers), float(seconds))
         print(json.dumps({"rate": speed}), file=answer, flush=True)
     return 0
