@@ -69,5 +69,11 @@ def test_image_size_of_the_counts_is_the_published_input():
 
 
 def test_an_unknown_model_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'resnet50'"):
-        backbones.create("resnet5O")
+    with pytest.raises(ValueError, match="did you mean 'convnext_tiny'"):
+        backbones.create("convnext_tinny")
+
+
+def test_no_two_families_share_a_name():
+    families = {backbones.family(name).__name__: backbones.family(name) for name in backbones.variants()}
+    assert len(families) == len(backbones.FAMILIES)
+    assert sum(len(module.VARIANTS) for module in families.values()) == len(backbones.variants())
