@@ -27,6 +27,7 @@ def base() -> ConfigDict:
     c.augment = ConfigDict()  # training transform, see research.data.transforms.build
     c.augment.size = 224
     c.augment.crop = "resized"  # resized (random-resized), pad (pad 4 and crop), none
+    c.augment.pad = 4  # pixels a side, for crop="pad"
     c.augment.scale = (0.08, 1.0)
     c.augment.flip = 0.5  # probability
     c.augment.auto = ""  # e.g. rand-m7-mstd0.5

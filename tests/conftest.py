@@ -4,7 +4,7 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: unoptimised code compiles in half the time, and twice the same is compiled once.
+# Tests compile much and compute little: unoptimised code compiles in half the time, and the same program only once.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="stillroom-jax-"))
 os.environ.setdefault("MPLBACKEND", "agg")

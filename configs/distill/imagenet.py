@@ -55,7 +55,9 @@ def recipe(name: str) -> ConfigDict:
     c.optimizer.name = "lamb"
     c.optimizer.lr = 5e-3
     c.optimizer.weight_decay = {"a1": 0.01, "a2": 0.02}[name]
-    c.optimizer.options = ConfigDict({"no_decay": ("pos_embed", "cls_token")})
+    # The official ConvNeXt V2 stores GRN's vectors with four axes, which timm's rule decays.
+    exceptions = {"no_decay": ("pos_embed", "cls_token"), "decay_anyway": (r"grn/(scale|bias)$",)}
+    c.optimizer.options = ConfigDict(exceptions)
     c.save.every = 5.0
     return c
 

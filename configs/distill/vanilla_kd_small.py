@@ -3,6 +3,7 @@
 Command:    python -m launch.sweep --config configs/distill/vanilla_kd_small.py --sweep.seed=0,1,2 \\
               --workdir runs/small --config.data.path=cifar10.zip --config.teacher.workdir=runs/small/teacher
             (one seed: python -m launch.train …; ":teacher" is the teacher's own recipe, trained first; ":smoke")
+            Images are halved to 16x16, a CPU's size; a GPU takes --config.augment.size=32 --config.eval.size=32
 Hardware:   2 CPU cores; times in README.md
 Data:       {train,test}/<class>/<n>.jpg of 32x32 pixels, 10 classes, in a zip or a folder
 Published:  nothing of this size; README.md shows our table
@@ -17,11 +18,12 @@ def get_config(arg: str = ""):
     c = common.base()
     c.experiment = "research.distill.vanilla_kd"
     c.batch_size = 128
-    c.epochs = 24.0 if options.teacher else 12.0
+    c.epochs = 20.0 if options.teacher else 12.0
     c.data.kind = "zip"
     c.data.path = ""
-    c.augment.size = c.eval.size = 32
+    c.augment.size = c.eval.size = 16
     c.augment.crop = "pad"
+    c.augment.pad = 2
     c.eval.crop = 1.0
     c.eval.every = 3.0
     c.save.every = 3.0

@@ -9,7 +9,8 @@ from research.core import sharding
 
 
 def shapes():
-    return {"dense": {"kernel": jnp.zeros((64, 128)), "bias": jnp.zeros((128,))}, "odd": {"kernel": jnp.zeros((63, 129))}}
+    dense = {"kernel": jnp.zeros((64, 128)), "bias": jnp.zeros((128,))}
+    return {"dense": dense, "odd": {"kernel": jnp.zeros((63, 129))}}
 
 
 def specs(axes, rules, **options):
@@ -22,7 +23,9 @@ def test_mesh_fills_the_free_axis():
     assert dict(sharding.mesh({"fsdp": 8}).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
 
 
-@pytest.mark.parametrize("axes, text", [({"data": 3}, "needs 3 devices, there are 8"), ({"dat": 8}, "unknown axis 'dat'")])
+@pytest.mark.parametrize(
+    "axes, text", [({"data": 3}, "needs 3 devices, there are 8"), ({"dat": 8}, "unknown axis 'dat'")]
+)
 def test_mesh_refuses(axes, text):
     with pytest.raises(ValueError, match=text):
         sharding.mesh(axes)
