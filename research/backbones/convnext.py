@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from research.backbones import Input
 from research.layers import drop
+from research.layers.dense import Dense
 from research.layers.mlp import gelu
 from research.layers.norm import GRN, LayerNorm
 from research.layers.pool import global_mean
@@ -61,7 +62,7 @@ class Block(nn.Module):
 
     def _dense(self, features: int, name: str) -> nn.Module:
         kwargs = {"kernel_init": _INIT, "dtype": self.dtype, "name": name}
-        return nn.Conv(features, (1, 1), **kwargs) if self.conv_mlp else nn.Dense(features, **kwargs)
+        return nn.Conv(features, (1, 1), **kwargs) if self.conv_mlp else Dense(features, **kwargs)
 
 
 class ConvNeXt(nn.Module):

@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from research.backbones import HALF, Input
 from research.layers import drop
+from research.layers.dense import Dense
 from research.layers.drop import DropPath
 from research.layers.mlp import Mlp
 from research.layers.norm import LayerNorm
@@ -72,7 +73,7 @@ class ResBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         y = Affine(dtype=self.dtype, name="norm1")(x).swapaxes(1, 2)
-        y = nn.Dense(x.shape[1], dtype=self.dtype, kernel_init=xavier, name="linear_tokens")(y).swapaxes(1, 2)
+        y = Dense(x.shape[1], dtype=self.dtype, kernel_init=xavier, name="linear_tokens")(y).swapaxes(1, 2)
         x = x + DropPath(self.drop_path)(layer_scale(self, "ls1", y, self.init_values), train)
         y = Affine(dtype=self.dtype, name="norm2")(x)
         y = Mlp(int(self.mlp_ratio[1] * x.shape[-1]), dtype=self.dtype, name="mlp_channels", **MLP_INIT)(y)

@@ -11,6 +11,7 @@ from flax import linen as nn
 from research.backbones import Input
 from research.layers import drop
 from research.layers.attention import Attention
+from research.layers.dense import Dense
 from research.layers.drop import DropPath
 from research.layers.mlp import Mlp
 from research.layers.norm import LayerNorm
@@ -115,7 +116,7 @@ class PatchMerging(nn.Module):
         # Neighbours (row, column) in the order (0, 0), (1, 0), (0, 1), (1, 1).
         x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
         x = LayerNorm(EPSILON, self.dtype, name="norm")(x)
-        return nn.Dense(self.features, False, self.dtype, kernel_init=normal, name="reduction")(x)
+        return Dense(self.features, False, self.dtype, kernel_init=normal, name="reduction")(x)
 
 
 class Swin(nn.Module):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.layers.dense import Dense
 from research.layers.norm import accumulation_dtype
 
 
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         if channels % self.num_heads:
             raise ValueError(f"{channels} channels do not divide into num_heads={self.num_heads}")
         dense_bias = self.qkv_bias and self.key_bias
-        qkv = nn.Dense(3 * channels, dense_bias, self.dtype, kernel_init=self.kernel_init, name="qkv")(x)
+        qkv = Dense(3 * channels, dense_bias, self.dtype, kernel_init=self.kernel_init, name="qkv")(x)
         if self.qkv_bias and not self.key_bias:
             vectors = [self.param(name, nn.initializers.zeros, (channels,)) for name in ("q_bias", "v_bias")]
             joined = jnp.concatenate([vectors[0], jnp.zeros_like(vectors[0]), vectors[1]]).astype(qkv.dtype)
@@ -69,4 +70,4 @@ class Attention(nn.Module):
         heads = qkv.reshape(*x.shape[:-1], 3, self.num_heads, -1)  # (..., N, 3, heads, D)
         q, k, v = jnp.moveaxis(heads, (-3, -2), (0, -3))  # each (..., heads, N, D)
         y = attend(q, k, v, bias).swapaxes(-2, -3).reshape(x.shape)
-        return nn.Dense(channels, dtype=self.dtype, kernel_init=self.out_init or self.kernel_init, name="proj")(y)
+        return Dense(channels, dtype=self.dtype, kernel_init=self.out_init or self.kernel_init, name="proj")(y)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.layers.dense import Dense
 from research.layers.norm import accumulation_dtype
 
 
@@ -36,5 +37,5 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         options = {"bias_init": self.bias_init, "dtype": self.dtype}
-        y = nn.Dense(self.hidden, kernel_init=self.kernel_init, name="fc1", **options)(x)
-        return nn.Dense(x.shape[-1], kernel_init=self.out_init or self.kernel_init, name="fc2", **options)(gelu(y))
+        y = Dense(self.hidden, kernel_init=self.kernel_init, name="fc1", **options)(x)
+        return Dense(x.shape[-1], kernel_init=self.out_init or self.kernel_init, name="fc2", **options)(gelu(y))
