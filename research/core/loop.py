@@ -170,8 +170,9 @@ def fit(
             asked = time.monotonic()
             batch = next(batches)
             waited += time.monotonic() - asked
+            batch = runner.put(batch)
             with jax.transfer_guard("disallow"):
-                state, metrics = runner.train_step(state, runner.put(batch))
+                state, metrics = runner.train_step(state, batch)
             window.add(step, metrics)
             stopping = _agreed(stop, step, plan.stop_every)
             saving, evaluating = due(step, plan.save_every), due(step, plan.eval_every) and eval_batches is not None
