@@ -8,11 +8,8 @@ Everything is timed in the same run, in turns, and compared round by round, so t
 import argparse
 import contextlib
 import itertools
-import json
 import os
-import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench_peer import Peer
 from research.core import errors
 from research.data import base, pipeline, sources, transforms
 
@@ -34,35 +32,10 @@ TORCH_CORE, TORCH_WORKERS = "PyTorch, one core", "PyTorch, workers"
 AGAINST = {CORE: TORCH_CORE, THREADS: TORCH_WORKERS, WORKERS: TORCH_WORKERS}
 
 
-class Peer:
-    """PyTorch's side in a process of its own; `reason` says why there is none."""
-
-    def __init__(self, options: argparse.Namespace):
-        script = pathlib.Path(__file__).with_name("bench_torch_data.py")
-        words = [options.python, script, options.path, "--recipe", options.recipe]
-        words += ["--size", options.size, "--batch", options.batch]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(map(str, words), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        answer = self._read()
-        self.reason, self.version = answer.get("error", ""), answer.get("ready", "")
-
-    def _read(self) -> dict:
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else {"error": f"its process ended with status {self._process.wait()}"}
-
-    def rate(self, workers: int, seconds: float) -> float:
-        """Images a second with that many worker processes; 0 loads in the process itself, on one core."""
-        self._process.stdin.write(f"{workers} {seconds}\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        if "error" in answer:
-            raise ValueError(f"PyTorch's side failed: {answer['error']}")
-        return answer["rate"]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+def torch_peer(options: argparse.Namespace) -> Peer:
+    """PyTorch's DataLoader with the same transforms."""
+    words = [options.path, "--recipe", options.recipe, "--size", options.size, "--batch", options.batch]
+    return Peer(options.python, "bench_torch_data.py", words)
 
 
 def rate(
@@ -118,9 +91,9 @@ def measure(source: base.Source, transform, options: argparse.Namespace, peer: P
     # What is compared stands side by side.
     ways: dict[str, Callable[[], float]] = {
         CORE: alone,
-        TORCH_CORE: lambda: peer.rate(0, options.seconds),
+        TORCH_CORE: lambda: peer.ask(0, options.seconds)["rate"],
         THREADS: lambda: rate(source, transform, options, threads=cores),
-        TORCH_WORKERS: lambda: peer.rate(cores, options.seconds),
+        TORCH_WORKERS: lambda: peer.ask(cores, options.seconds)["rate"],
         WORKERS: lambda: rate(source, transform, options, workers=cores),
     }
     ways = {name: way for name, way in ways.items() if peer or name not in (TORCH_CORE, TORCH_WORKERS)}
@@ -187,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     decode, whole = steps(source, transform, options.seconds)
     console.print(f"{source.name}: {len(source)} images; recipe {options.recipe} at {options.size} pixels")
     console.print(f"one image, one core: decoding {decode:.2f} ms, with the transform {whole:.2f} ms")
-    peer = Peer(options) if options.python else None
+    peer = torch_peer(options) if options.python else None
     if peer and peer.reason:
         console.print(f"PyTorch: not compared ({peer.reason})", markup=False)
     try:

@@ -1,7 +1,7 @@
 """Images through PyTorch's DataLoader and timm's transforms, for `launch.bench_data` to compare with; nothing of ours.
 
-Started as a process of its own. It answers one JSON line to each line on stdin: first {"ready": versions} or {"error":
-text}; then, for a line `workers seconds`, {"rate": images a second}.
+Started as a process of its own. It answers one JSON line to each line on stdin: first {"version": text} or
+{"error": text}; then, for a line `workers seconds`, {"rate": images a second}.
 """
 
 import argparse
@@ -90,8 +90,8 @@ def main() -> int:
         text = str(error).strip().splitlines() or [""]
         print(json.dumps({"error": f"{type(error).__name__}: {text[0]}"[:300]}), file=answer, flush=True)
         return 1
-    ready = f"torch {torch.__version__}, timm {timm.__version__}"
-    print(json.dumps({"ready": ready}), file=answer, flush=True)
+    version = f"torch {torch.__version__}, timm {timm.__version__}"
+    print(json.dumps({"version": version}), file=answer, flush=True)
     pins = hasattr(os, "sched_setaffinity")
     everywhere = os.sched_getaffinity(0) if pins else set()
     for line in sys.stdin:

@@ -14,7 +14,6 @@ import os
 import pathlib
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from launch.bench_peer import Peer
 from research import backbones
 from research.backbones import classify
 from research.core import cost, errors, experiment, loop, optim, runner, writers
@@ -88,51 +88,12 @@ def classification(network: classify.Network) -> experiment.Experiment:
     return experiment.supervised(network.init, loss, lambda *_: {}, optimizer)
 
 
-class Peer:
-    """PyTorch's side in its own process; `reason` says why there is none."""
-
-    def __init__(self, python: str, network: classify.Network, options: argparse.Namespace, compiled: bool):
-        script = str(pathlib.Path(__file__).with_name("bench_torch.py"))
-        words = [
-            python,
-            script,
-            options.model,
-            "--batch",
-            options.batch,
-            "--size",
-            options.size,
-            "--dtype",
-            options.dtype,
-        ]
-        words += [
-            "--classes",
-            options.classes,
-            *["--compile"] * compiled,
-            *["--sized"] * hasattr(network.module, "img_size"),
-        ]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(map(str, words), stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        answer = self._read()
-        self.reason, self.params = answer.get("error", ""), answer.get("ready", 0)
-        self.version = answer.get("version", "")
-
-    def _read(self) -> dict:
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else {"error": f"its process ended with status {self._process.wait()}"}
-
-    def time(self, steps: int) -> float:
-        """Seconds of a number of steps."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        if "error" in answer:
-            raise ValueError(f"PyTorch's side failed: {answer['error']}")
-        return answer["seconds"]
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+def torch_peer(python: str, network: classify.Network, options: argparse.Namespace, compiled: bool) -> Peer:
+    """The same training step in PyTorch, eager or compiled."""
+    words = [options.model, "--batch", options.batch, "--size", options.size, "--dtype", options.dtype]
+    sized = hasattr(network.module, "img_size")
+    words += ["--classes", options.classes, *["--compile"] * compiled, *["--sized"] * sized]
+    return Peer(python, "bench_torch.py", words)
 
 
 @contextlib.contextmanager
@@ -141,7 +102,7 @@ def peers(python: str | None, network: classify.Network, options: argparse.Names
     found: dict[str, Peer] = {}
     try:
         for name in (EAGER, COMPILED) if python else ():
-            peer = Peer(python, network, options, name == COMPILED)
+            peer = torch_peer(python, network, options, name == COMPILED)
             if peer.reason:
                 notes.append(f"{name}: not compared ({peer.reason})")
                 peer.close()
@@ -169,7 +130,7 @@ def measure(options: argparse.Namespace) -> Bench:
     bare = _bare(engine, engine.init(key), engine.put(batch))
 
     with peers(options.python, network, options, notes) as others, tempfile.TemporaryDirectory() as folder:
-        timed = {BARE: bare, **{name: peer.time for name, peer in others.items()}}
+        timed = {BARE: bare, **{name: lambda n, peer=peer: peer.ask(n)["seconds"] for name, peer in others.items()}}
         seconds |= {name: [] for name in others}
 
         def batches(first: int) -> Iterator[dict]:
@@ -192,8 +153,8 @@ def measure(options: argparse.Namespace) -> Bench:
         own = network.cost()
         for name, peer in others.items():
             notes.append(f"{name}: {peer.version}")
-            if peer.params != own["params"]:
-                notes.append(f"{name} has {peer.params:,} parameters: not the same model")
+            if peer.ready["ready"] != own["params"]:
+                notes.append(f"{name} has {peer.ready['ready']:,} parameters: not the same model")
     return Bench(options.model, own["params"], own["macs"], options.batch, _peak(options, notes), seconds, notes)
 
 
