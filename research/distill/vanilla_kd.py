@@ -22,7 +22,7 @@ from research.core import experiment as engine
 from research.core import metrics as metrics_lib
 from research.core import optim, schedules, scope, sharding
 from research.data import mixup
-from research.distill import losses
+from research.distill import hints, losses
 from research.port import checkpoint
 
 TEACHER = "teacher"
@@ -34,14 +34,14 @@ class Arm(NamedTuple):
 
     Attributes:
       label_loss, loss: (logits..., targets) -> scalar mean; None without.
-      hint: a `hints.Hint`, or None.
+      hint: a hint method, or None.
       smoothing: label smoothing of the mixed targets.
     """
 
     network: classify.Network
     label_loss: Callable
     loss: Callable | None
-    hint: object | None
+    hint: hints.Hint | None
     label_weight: float
     loss_weight: float
     hint_weight: float
@@ -88,9 +88,9 @@ def _arm(student: Mapping, config, labels: Callable[[], np.ndarray] | None) -> A
 def optimizer(config, student: Mapping):
     """(gradient transformation, schedule) of one arm: the config's sections with the arm's own values over them."""
     options = {**config.optimizer, **student.optimizer}
-    extra, lr, clip = dict(options.pop("options")), options.pop("lr"), options.pop("clip")
+    extra, lr = dict(options.pop("options")), options.pop("lr")
     schedule = schedules.schedule(lr=lr, steps=config.steps, steps_per_epoch=config.steps_per_epoch, **config.schedule)
-    return optim.optimizer(lr=schedule, clip=clip or None, **options, **extra), schedule
+    return optim.optimizer(lr=schedule, **options, **extra), schedule
 
 
 def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine.Experiment:
