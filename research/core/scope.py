@@ -60,11 +60,6 @@ def local(tree):
     return jax.tree.map(share, tree)
 
 
-def own_key(key: jax.Array) -> jax.Array:
-    """A key for what is drawn per example: each share of the batch gets its own, a whole batch keeps `key`."""
-    return key if axis() is None else jax.random.fold_in(key, jax.lax.axis_index(axis()))
-
-
 def by_group(loss: Callable[..., jax.Array], group: int | None, *arrays) -> jax.Array:
     """Mean of a scalar `loss(*arrays)` over groups of `group` consecutive examples.
 

@@ -148,7 +148,6 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
 
     def loss(params, model_state, batch, context):
         mix_key, hint_key, key = jax.random.split(context.key, 3)
-        key = scope.own_key(key)
         # One mixing for all arms, and one target for each of their smoothings.
         smoothings = tuple({arm.smoothing: None for arm in arms.values()})
         images = classify.unit(batch["image"])

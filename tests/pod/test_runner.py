@@ -93,14 +93,3 @@ def test_pretrained_weights_replace_part_of_the_state():
     wrong = experiment._replace(weights=lambda: {"params": {"Dense_0": {"bias": bias[:2]}}})
     with pytest.raises(ValueError, match=r"pretrained params/Dense_0/bias has shape \(2,\), the model wants \(4,\)"):
         runner.build(wrong).init(jax.random.PRNGKey(0))
-
-
-def test_shares_of_a_batch_draw_apart():
-    key = jax.random.PRNGKey(0)
-    assert np.array_equal(scope.own_key(key), key)
-
-    def draw(_):
-        with scope.batch_axis("replica"):
-            return jax.random.uniform(scope.own_key(key))
-
-    assert len(set(np.asarray(jax.pmap(draw, "replica")(np.zeros(8))).tolist())) == 8
