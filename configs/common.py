@@ -11,14 +11,14 @@ def base() -> ConfigDict:
     c.batch_size = 256  # global examples a step
     c.epochs = 1.0
     c.steps = 0  # 0: from epochs
-    c.steps_per_epoch = 0  # 0: from the data
+    c.steps_per_epoch = 0  # filled in from the data
 
     c.data = ConfigDict()
     c.data.kind = "digits"  # digits, folder, zip, tfds, arrays, fractals
     c.data.path = ""
     c.data.split = "train"
     c.data.num_classes = 0  # 0: from the data; another number must equal it
-    c.data.num_examples = 0  # of the training split; 0: from the data
+    c.data.num_examples = 0  # of the training split, filled in from the data
     c.data.options = ConfigDict()  # of the source, such as the size of fractals
     c.data.on_corrupt = "raise"  # or skip
     c.data.workers = 0  # decoding processes; 0 uses threads

@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from research.backbones import HALF, Input
 from research.layers import drop
+from research.layers.drop import Dropout
 from research.layers.norm import LayerNorm
 from research.layers.patch_embed import PatchEmbed, grid
 from research.layers.remat import rematerialised
@@ -86,7 +87,7 @@ class Beit(nn.Module):
         endpoints["pooled"] = pooled
         if self.num_classes == 0:
             return pooled, endpoints
-        x = nn.Dropout(self.drop_rate)(pooled, deterministic=not train)
+        x = Dropout(self.drop_rate)(pooled, train)
         head_init = nn.initializers.normal(0.02 * self.head_init_scale)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=head_init, name="head")(x), endpoints
 

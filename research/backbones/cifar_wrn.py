@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from research.backbones.cifar_resnet import CIFAR100
 from research.backbones.resnet import conv
+from research.layers.drop import Dropout
 from research.layers.init import torch_linear
 from research.layers.norm import BatchNorm
 from research.layers.pool import global_mean
@@ -37,7 +38,7 @@ class Block(nn.Module):
         active = nn.relu(preact)
         y = layer(self.features, 3, self.stride, name="conv1")(active)
         y = nn.relu(norm(name="bn2")(y, train))
-        y = nn.Dropout(self.drop_rate)(y, deterministic=not train)
+        y = Dropout(self.drop_rate)(y, train)
         y = layer(self.features, 3, name="conv2")(y)
         if x.shape[-1] != self.features:
             x = layer(self.features, 1, self.stride, name="convShortcut")(active)

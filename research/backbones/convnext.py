@@ -13,6 +13,7 @@ from flax import linen as nn
 from research.backbones import Input
 from research.layers import drop
 from research.layers.dense import Dense
+from research.layers.drop import Dropout
 from research.layers.mlp import gelu
 from research.layers.norm import GRN, LayerNorm
 from research.layers.pool import global_mean
@@ -122,7 +123,7 @@ class ConvNeXt(nn.Module):
         pooled = endpoints["pooled"] = LayerNorm(dtype=self.dtype, name="head_norm")(global_mean(x))
         if self.num_classes == 0:
             return pooled, endpoints
-        x = nn.Dropout(self.drop_rate)(pooled, deterministic=not train)
+        x = Dropout(self.drop_rate)(pooled, train)
         return nn.Dense(self.num_classes, kernel_init=_INIT, dtype=self.dtype, name="head_fc")(x), endpoints
 
     def _patches(self, features: int, size: int, name: str) -> nn.Conv:

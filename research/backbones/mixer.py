@@ -11,7 +11,7 @@ from flax import linen as nn
 from research.backbones import HALF, Input
 from research.layers import drop
 from research.layers.dense import Dense
-from research.layers.drop import DropPath
+from research.layers.drop import Dropout, DropPath
 from research.layers.mlp import Mlp
 from research.layers.norm import LayerNorm
 from research.layers.patch_embed import PatchEmbed
@@ -136,7 +136,7 @@ class Mixer(nn.Module):
         pooled = endpoints["pooled"] = jnp.mean(x, axis=1)
         if self.num_classes == 0:
             return pooled, endpoints
-        x = nn.Dropout(self.drop_rate)(pooled, deterministic=not train)
+        x = Dropout(self.drop_rate)(pooled, train)
         head = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="head")
         return head(x), endpoints
 

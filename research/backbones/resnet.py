@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from research.backbones import Input
 from research.layers import drop
+from research.layers.drop import Dropout
 from research.layers.init import kaiming_fan_out, torch_linear
 from research.layers.norm import BatchNorm
 from research.layers.pool import avg_pool_ceil, global_mean, max_pool
@@ -150,7 +151,7 @@ class ResNet(nn.Module):
         pooled = endpoints["pooled"] = global_mean(x)
         if self.num_classes == 0:
             return pooled, endpoints
-        x = nn.Dropout(self.drop_rate)(pooled, deterministic=not train)
+        x = Dropout(self.drop_rate)(pooled, train)
         return torch_linear(self.num_classes, pooled.shape[-1], dtype=self.dtype, name="fc")(x), endpoints
 
     def _stem(self, x: jax.Array, train: bool) -> jax.Array:

@@ -12,7 +12,7 @@ from research.backbones import Input
 from research.layers import drop
 from research.layers.attention import Attention
 from research.layers.dense import Dense
-from research.layers.drop import DropPath
+from research.layers.drop import Dropout, DropPath
 from research.layers.mlp import Mlp
 from research.layers.norm import LayerNorm
 from research.layers.patch_embed import PatchEmbed, pair
@@ -176,7 +176,7 @@ class Swin(nn.Module):
         pooled = endpoints["pooled"] = jnp.mean(x, axis=(1, 2))
         if self.num_classes == 0:
             return pooled, endpoints
-        x = nn.Dropout(self.drop_rate)(pooled, deterministic=not train)
+        x = Dropout(self.drop_rate)(pooled, train)
         return nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=normal, name="head")(x), endpoints
 
 

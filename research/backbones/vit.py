@@ -10,6 +10,7 @@ from flax import linen as nn
 
 from research.backbones import HALF, Input
 from research.layers import drop
+from research.layers.drop import Dropout
 from research.layers.norm import LayerNorm
 from research.layers.patch_embed import PatchEmbed
 from research.layers.remat import rematerialised
@@ -92,7 +93,7 @@ class ViT(nn.Module):
             return endpoints["pooled"], endpoints
         heads = {}
         for name, features in zip(("head", "head_dist"), seen, strict=False):
-            features = nn.Dropout(self.drop_rate)(features, deterministic=not train)
+            features = Dropout(self.drop_rate)(features, train)
             heads[name] = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=normal, name=name)(features)
         if self.distilled:
             endpoints |= heads

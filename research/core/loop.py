@@ -158,10 +158,10 @@ def fit(
     def due(step: int, every: int) -> bool:
         return step == plan.steps or bool(every and step % every == 0)
 
-    def save(step: int) -> None:
+    def save(step: int, ranked_by: dict[str, float] | None) -> None:
         if checkpoints:
             spent = progress.seconds + time.monotonic() - began
-            checkpoints.save(runner.canonical(state), Progress(step * plan.batch_size, spent), results or None)
+            checkpoints.save(runner.canonical(state), Progress(step * plan.batch_size, spent), ranked_by)
 
     with stop_signals() as stop:
         batches = train_batches(first)
@@ -193,7 +193,7 @@ def fit(
                     writer.eval(step, results)
                 mark = time.monotonic()  # evaluation is not training time
             if saving or stopping:
-                save(step)
+                save(step, results if evaluating else None)  # an older evaluation says nothing of this state
             if stopping and step < plan.steps:
                 if checkpoints:
                     checkpoints.wait()

@@ -1,4 +1,4 @@
-"""Stochastic depth: whole examples, the right expectation, the same draw on one device and many."""
+"""Dropout and stochastic depth: whole examples, the right expectation, the same draw on one device and many."""
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +50,23 @@ def test_pmap_draws_what_jit_draws():
 def test_a_rate_out_of_range_is_refused(rate):
     with pytest.raises(ValueError, match="drop-path rate"):
         dropped(jnp.ones((2, 2)), rate)
+
+
+def test_dropout_under_pmap_draws_what_jit_draws():
+    x, rngs = jnp.ones((16, 3, 4)), {"dropout": jax.random.key(3)}
+    whole = drop.Dropout(0.5).apply({}, x, True, rngs=rngs)
+
+    def share(x):
+        with scope.batch_axis("data"):
+            return drop.Dropout(0.5).apply({}, x, True, rngs=rngs)
+
+    mapped = jax.pmap(share, "data")(x.reshape(8, 2, 3, 4)).reshape(whole.shape)
+    np.testing.assert_array_equal(mapped, whole)
+    assert set(np.unique(whole)) == {0.0, 2.0}
+
+
+def test_dropout_is_the_identity_in_evaluation_and_refuses_bad_rates():
+    x = jnp.ones((4, 3))
+    np.testing.assert_array_equal(drop.Dropout(0.9).apply({}, x, False), x)
+    with pytest.raises(ValueError, match=r"the dropout rate must lie in \[0, 1\), not 1.0"):
+        drop.Dropout(1.0).apply({}, x, True, rngs={"dropout": jax.random.key(0)})
