@@ -18,6 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from launch import bench_peer
 from launch.bench_peer import Peer
 from research.core import errors
 from research.data import base, pipeline, sources, transforms
@@ -135,16 +136,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=int, default=32, help="images a batch (32)")
     found.add_argument("--seconds", type=float, default=1.0, help="time of each measurement (1)")
     found.add_argument("--rounds", type=int, default=7, help="rounds, of which the median counts (7)")
-    found.add_argument(
-        "--torch-python",
-        dest="python",
-        default=sys.executable,
-        metavar="PYTHON",
-        help="interpreter that has torch, timm and Pillow (this one)",
-    )
-    found.add_argument(
-        "--no-torch", dest="python", action="store_const", const=None, help="do not compare with PyTorch"
-    )
+    bench_peer.add_options(found)
     return found
 
 

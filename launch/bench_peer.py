@@ -1,9 +1,25 @@
 """PyTorch's side of a bench, in a process of its own that answers one line of JSON to each line it is sent."""
 
+import argparse
 import json
 import pathlib
 import subprocess
+import sys
 from collections.abc import Sequence
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that choose the peer's interpreter, as `python`; None compares with nothing."""
+    parser.add_argument(
+        "--torch-python",
+        dest="python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter that has torch and timm (this one)",
+    )
+    parser.add_argument(
+        "--no-torch", dest="python", action="store_const", const=None, help="do not compare with PyTorch"
+    )
 
 
 class Peer:

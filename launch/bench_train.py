@@ -27,6 +27,7 @@ import optax
 from rich.console import Console
 from rich.table import Table
 
+from launch import bench_peer
 from launch.bench_peer import Peer
 from research import backbones
 from research.backbones import classify
@@ -225,16 +226,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="compute dtype (float32)")
     found.add_argument("--steps", type=int, default=10, help="steps a round (10)")
     found.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts (5)")
-    found.add_argument(
-        "--torch-python",
-        dest="python",
-        default=sys.executable,
-        metavar="PYTHON",
-        help="interpreter that has torch and timm (this one)",
-    )
-    found.add_argument(
-        "--no-torch", dest="python", action="store_const", const=None, help="do not compare with PyTorch"
-    )
+    bench_peer.add_options(found)
     found.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures to a file")
     return found
 
