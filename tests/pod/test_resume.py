@@ -91,8 +91,9 @@ def test_resumes_on_other_devices(options, killed, straight, tmp_path):
     assert_close(results(folder), straight)
 
 
-def test_stop_signal_saves_and_asks_for_a_restart(straight, tmp_path):
-    errors = finish(start(tmp_path, "--signal-at", 8), status=42)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_stop_signal_saves_and_asks_for_a_restart(name, straight, tmp_path):
+    errors = finish(start(tmp_path, "--signal-at", 8, "--signal", name), status=42)
     assert "step 8 is saved, exiting with status 42" in errors
     assert (tmp_path / "checkpoints" / "8").is_dir()  # between two regular saves
     finish(start(tmp_path))

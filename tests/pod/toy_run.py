@@ -15,7 +15,8 @@ parser.add_argument("--processes", type=int, default=1)
 parser.add_argument("--process", type=int, default=0)
 parser.add_argument("--port", type=int, default=0)
 parser.add_argument("--poison", type=int, default=-1)
-parser.add_argument("--signal-at", type=int, default=-1, help="send this process SIGTERM before the step's batch")
+parser.add_argument("--signal-at", type=int, default=-1, help="send this process the signal before the step's batch")
+parser.add_argument("--signal", default="SIGTERM")
 args = parser.parse_args()
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -50,7 +51,7 @@ def train_batches(first):
     share = {"process": jax.process_index(), "processes": jax.process_count()}
     for step, batch in enumerate(toy.batches(first, **share), start=first + 1):
         if step == args.signal_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.Signals[args.signal])
         yield batch
 
 
