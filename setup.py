@@ -9,7 +9,11 @@ TEST = [
     "jaxtyping>=0.3,<0.4",
     "beartype>=0.20,<1",
     "ruff>=0.12,<1",
+    "gcp-storage-emulator>=2026.7,<2028",
+    # Compiles for TPUs without one; JAX says which version belongs to it. There is no build for other machines.
+    "jax[tpu]>=0.10,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
 ]
+GCS = ["gcsfs>=2025.3,<2028"]
 NOTEBOOKS = ["nbclient>=0.10,<1", "nbformat>=5.10,<6", "ipykernel>=6.29,<8"]
 
 setup(
@@ -29,6 +33,7 @@ setup(
         "ml-collections>=1.0,<2",
         "chex>=0.1.90,<0.2",
         "absl-py>=2.1,<3",
+        "etils>=1.12,<2",
         "numpy>=2.0,<3",
         "scipy>=1.13,<2",
         "scikit-learn>=1.5,<2",
@@ -41,9 +46,10 @@ setup(
         "matplotlib>=3.9,<4",
     ],
     extras_require={
-        "test": TEST + NOTEBOOKS,
+        "test": TEST + NOTEBOOKS + GCS,
         "notebooks": NOTEBOOKS,
         "detection": ["faster-coco-eval>=1.6,<2", "pycocotools>=2.0.8,<3"],
+        "gcs": GCS,
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda12]>=0.10,<0.12"],
         "torch": ["torch>=2.6,<3"],

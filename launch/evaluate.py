@@ -10,7 +10,6 @@ or official, with the image size, crop and normalisation that the model states f
 
 import argparse
 import json
-import pathlib
 import sys
 
 import jax
@@ -22,14 +21,14 @@ from launch import train
 from research import backbones
 from research.backbones import classify
 from research.core import config as configs
-from research.core import loop, overrides
+from research.core import loop, overrides, storage
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.data import pipeline, sources, transforms
 from research.port import checkpoint
 
 
-def run_metrics(folder: pathlib.Path, changes: list[str]) -> dict[str, float]:
+def run_metrics(folder: storage.Path, changes: list[str]) -> dict[str, float]:
     """Evaluation metrics of the newest checkpoint of a run folder."""
     file = folder / configs.FILE
     if not file.exists():
@@ -88,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    found.add_argument("--run", type=pathlib.Path, help="run folder")
+    found.add_argument("--run", type=storage.folder, help="run folder")
     found.add_argument("--model", help="a variant of research.backbones")
     found.add_argument("--weights", help="its checkpoint, .safetensors or .pth")
     found.add_argument("--data", help="folder, .zip or .npz of images, or 'digits'")

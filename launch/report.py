@@ -5,13 +5,13 @@ python -m launch.report runs/a runs/b --output report.html --png result.png --ba
 """
 
 import argparse
-import os
 import pathlib
 import sys
 
 from rich.console import Console
 
 from research.core import config as configs
+from research.core import storage
 from research.core.errors import UserError, cli
 from research.core.report import page, picture, summary, text
 
@@ -51,11 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     console.print(text.headline(found), highlight=False, markup=False)
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
-    output = pathlib.Path(options.output or pathlib.Path(options.paths[0]) / "report.html")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    draft = output.with_name(f".{output.name}.draft")
-    draft.write_text(page.page(found), encoding="utf-8")
-    os.replace(draft, output)
+    output = storage.folder(options.output or storage.folder(options.paths[0]) / "report.html")
+    storage.write(output, page.page(found))
     written = [str(output)]
     if options.png:
         picture.save(found, pathlib.Path(options.png))

@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from research.core import config as configs
-from research.core import environment, loop, peaks, runner, runs, writers
+from research.core import environment, loop, peaks, runner, runs, storage, writers
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
@@ -122,7 +122,7 @@ def batches(config: ConfigDict, data: Data) -> tuple[Callable[[int], Iterator], 
     return train, held_out
 
 
-def with_teacher(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
+def with_teacher(config: ConfigDict, workdir: storage.Path) -> ConfigDict:
     """The config with `teacher.weights` set to where its recipe leaves them, if it names a recipe and no weights."""
     t = config.get("teacher")
     if not (t and t.model) or t.weights:
@@ -131,14 +131,14 @@ def with_teacher(config: ConfigDict, workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"teacher.weights: not set; give a checkpoint of {t.model}, or teacher.recipe to train one")
     config = config.copy_and_resolve_references().unlock()
     config.teacher.workdir = t.workdir or str(workdir / "teacher")
-    config.teacher.weights = str(pathlib.Path(config.teacher.workdir) / WEIGHTS / "teacher.safetensors")
+    config.teacher.weights = str(storage.folder(config.teacher.workdir) / WEIGHTS / "teacher.safetensors")
     return config.lock()
 
 
 def train_teacher(config: ConfigDict) -> None:
     """Trains the teacher by its recipe, on the same data, unless that was done before."""
     t = config.get("teacher")
-    if not (t and t.workdir) or (runs.finished(t.workdir) and pathlib.Path(t.weights).exists()):
+    if not (t and t.workdir) or (runs.finished(t.workdir) and storage.folder(t.weights).exists()):
         return
     LOG.info("training the teacher in %s", t.workdir)
     run(configs.load(t.recipe, [f"--config.data.{key}={config.data[key]}" for key in ("kind", "path")]), t.workdir)
@@ -146,7 +146,7 @@ def train_teacher(config: ConfigDict) -> None:
 
 def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
     """Trains a config in a run folder, or resumes it there; returns the last evaluation's metrics."""
-    workdir = pathlib.Path(workdir)
+    workdir = storage.folder(workdir)
     data = open_data(config)
     resolved = with_teacher(resolve(config, data), workdir)
     experiment = build(resolved, data)
@@ -202,11 +202,10 @@ def _peak() -> float:
         return 0.0
 
 
-def _export(workdir: pathlib.Path, models: dict, costs: dict) -> None:
+def _export(workdir: storage.Path, models: dict, costs: dict) -> None:
     """Writes every model's trained weights as safetensors under our own names, and what the networks cost."""
     if jax.process_index() == 0:
-        (workdir / runs.COST).write_text(json.dumps(costs, indent=2) + "\n")
-        (workdir / WEIGHTS).mkdir(exist_ok=True)
+        storage.write(workdir / runs.COST, json.dumps(costs, indent=2) + "\n")
         for name, variables in models.items():
             checkpoint.save_variables(jax.device_get(variables), workdir / WEIGHTS / f"{name}.safetensors")
 

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import os
 import pathlib
-import secrets
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -19,6 +18,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from research.core import storage
 from research.core.errors import UserError
 from research.core.overrides import PREFIX, apply, freeze, has_groups, parse, suggest, thaw
 
@@ -207,14 +207,14 @@ def claim(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[str] 
       UserError: the folder belongs to another config (the message lists the difference and the ways out), its
         config.json cannot be read, or it holds a run without one. Nothing is written then.
     """
-    folder = pathlib.Path(workdir)
+    folder = storage.folder(workdir)
     file = folder / FILE
     if not file.exists():
         left = [name for name in ("checkpoints", "metrics.jsonl") if (folder / name).exists()]
         if left:
             raise UserError(f"{folder}: holds {left[0]} but no {FILE}, so it cannot be resumed; use another --workdir")
         folder.mkdir(parents=True, exist_ok=True)
-        if _create(file, to_json(config)):
+        if storage.create(file, to_json(config)):
             return False
     lines = mismatch(folder, config, ignore)
     if lines:
@@ -231,7 +231,7 @@ def mismatch(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[st
 
     Raises UserError where the folder's config.json cannot be read.
     """
-    file = pathlib.Path(workdir) / FILE
+    file = storage.folder(workdir) / FILE
     if not file.exists():
         return []
     try:
@@ -243,18 +243,3 @@ def mismatch(workdir: str | os.PathLike, config: ConfigDict, ignore: Sequence[st
         return {key: v for key, v in leaves.items() if not any(fnmatch.fnmatchcase(key, p) for p in ignore)}
 
     return difference(kept(flat(old)), kept(flat(config)))
-
-
-def _create(file: pathlib.Path, text: str) -> bool:
-    """Writes a new file whole or not at all; False where it exists, so of two racing runs one wins."""
-    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    draft.write_text(text)
-    try:
-        os.link(draft, file)
-    except FileExistsError:
-        return False
-    except OSError:  # file systems without hard links: still whole, only the race is not decided
-        os.replace(draft, file)
-    finally:
-        draft.unlink(missing_ok=True)
-    return True

@@ -11,6 +11,8 @@ import time
 
 import jax
 
+from research.core import storage
+
 PACKAGES = ("stillroom", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "libtpu")
 
 
@@ -35,9 +37,7 @@ def environment() -> dict:
 def write(workdir: str | os.PathLike) -> None:
     """Writes `environment.json` of the run folder (process 0 alone); a resumed run's replaces the earlier one."""
     if jax.process_index() == 0:
-        folder = pathlib.Path(workdir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        storage.write(storage.folder(workdir) / "environment.json", json.dumps(environment(), indent=2) + "\n")
 
 
 def _tilde(word: str) -> str:

@@ -10,11 +10,11 @@ import functools
 import json
 import math
 import os
-import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from research.core import storage
 from research.core.errors import UserError
 
 CONFIG, METRICS, ENVIRONMENT, COST = "config.json", "metrics.jsonl", "environment.json", "cost.json"
@@ -27,7 +27,7 @@ SECONDS, MEMORY = "train/seconds_per_step", "train/memory_gb"
 class Run:
     """One run folder. `rows` are in the order of their steps, each (kind, step) once; `config` is {} where unknown."""
 
-    folder: pathlib.Path
+    folder: storage.Path
     config: dict[str, Any]
     rows: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
@@ -119,7 +119,7 @@ def read(folder: str | os.PathLike) -> Run:
 
     Raises UserError where the folder holds neither a config nor metrics.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.folder(folder)
     if not any((folder / name).is_file() for name in (CONFIG, METRICS)):
         raise UserError(f"{folder}: no run here ({CONFIG} and {METRICS} are missing)")
     problems: list[str] = []
@@ -130,20 +130,20 @@ def read(folder: str | os.PathLike) -> Run:
 
 def finished(folder: str | os.PathLike) -> bool:
     """Whether the run in `folder` reached its end; False for a folder that is not there."""
-    return any(row.get("kind") == "done" for row in _rows(pathlib.Path(folder) / METRICS, [])[-1:])
+    return any(row.get("kind") == "done" for row in _rows(storage.folder(folder) / METRICS, [])[-1:])
 
 
-def find(paths: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
+def find(paths: Sequence[str | os.PathLike]) -> list[storage.Path]:
     """The run folders at and under `paths`, in order, each once.
 
     Raises FileNotFoundError for a path that does not exist, UserError for one with no run under it.
     """
-    found: dict[pathlib.Path, None] = {}
-    for path in map(pathlib.Path, paths):
+    found: dict[storage.Path, None] = {}
+    for path in map(storage.folder, paths):
         if not path.is_dir():
             raise FileNotFoundError(f"{path}: no such run folder")
         own = [path] if any((path / name).is_file() for name in (CONFIG, METRICS)) else []
-        runs = own or sorted({file.parent for name in (CONFIG, METRICS) for file in path.rglob(name)}, key=_natural)
+        runs = own or sorted({f.parent for f in storage.files(path) if f.name in (CONFIG, METRICS)}, key=_natural)
         # A run may keep another inside its folder, such as the teacher it trained first: that one is not compared.
         runs = [run for run in runs if not any(parent in runs for parent in run.parents)]
         if not runs:
@@ -152,7 +152,7 @@ def find(paths: Sequence[str | os.PathLike]) -> list[pathlib.Path]:
     return list(found)
 
 
-def _natural(path: pathlib.Path) -> list[tuple[int, int, str]]:
+def _natural(path: storage.Path) -> list[tuple[int, int, str]]:
     """Sort key that puts seed=2 before seed=10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in _parts(str(path))]
 
@@ -163,7 +163,7 @@ def _parts(text: str) -> Iterator[str]:
         yield text[start:end]
 
 
-def _object(file: pathlib.Path, problems: list[str]) -> dict[str, Any]:
+def _object(file: storage.Path, problems: list[str]) -> dict[str, Any]:
     if not file.is_file():
         if file.name != COST:
             problems.append(f"{file.name} is missing")
@@ -176,14 +176,14 @@ def _object(file: pathlib.Path, problems: list[str]) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _rows(file: pathlib.Path, problems: list[str]) -> tuple[dict[str, Any], ...]:
+def _rows(file: storage.Path, problems: list[str]) -> tuple[dict[str, Any], ...]:
     """The rows by step. A resumed run repeats the steps after its checkpoint: the later row of a step stands."""
     if not file.is_file():
         problems.append(f"{file.name} is missing")
         return ()
     rows: dict[tuple[str, int], dict[str, Any]] = {}
     broken = 0
-    for line in file.read_text(errors="replace").splitlines():
+    for line in file.read_bytes().decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
             rows[str(row.get("kind")), int(row["step"])] = row

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from research.core import compare, runs
+from research.core import compare, runs, storage
 from research.core import config as configs
 from research.core.errors import UserError
 from research.core.overrides import PREFIX
@@ -184,7 +184,7 @@ def _told(value: str | tuple[str, ...]) -> str:
 
 def load(folder: str | os.PathLike) -> Plan | None:
     """The plan recorded in a sweep's folder; None where there is none. Raises UserError for a broken record."""
-    file = pathlib.Path(folder) / FILE
+    file = storage.folder(folder) / FILE
     if not file.is_file():
         return None
     try:
@@ -197,8 +197,7 @@ def load(folder: str | os.PathLike) -> Plan | None:
 
 def save(folder: str | os.PathLike, found: Plan, command: Sequence[str]) -> None:
     """Writes the plan and the command that made it to `sweep.json`, whole or not at all."""
-    file = pathlib.Path(folder) / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = storage.folder(folder) / FILE
     record = {
         "command": list(command),
         "config": found.config,
@@ -209,9 +208,7 @@ def save(folder: str | os.PathLike, found: Plan, command: Sequence[str]) -> None
         "seeds": found.seeds,
         "runs": [run._asdict() for run in found.runs],
     }
-    draft = file.with_name(f".{FILE}.draft")
-    draft.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(draft, file)
+    storage.write(file, json.dumps(record, indent=2) + "\n")
 
 
 def pending(folder: str | os.PathLike, found: Plan) -> list[Planned]:
@@ -219,7 +216,7 @@ def pending(folder: str | os.PathLike, found: Plan) -> list[Planned]:
 
     Raises UserError where a run folder was made with another config than the plan's, showing the difference.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.folder(folder)
     for run in found.runs:
         config = configs.load(found.config, [*found.base, *overrides(run.overrides)])
         lines = configs.mismatch(folder / run.folder, config)

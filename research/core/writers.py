@@ -7,7 +7,6 @@ named `train/...` or `eval/...`; a value that is not finite is null. The last ro
 import json
 import math
 import os
-import pathlib
 import resource
 import sys
 import time
@@ -16,12 +15,14 @@ from collections.abc import Mapping
 import jax
 from tqdm import tqdm
 
+from research.core import storage
+
 FILE = "metrics.jsonl"
 
 
 def read_rows(workdir: str | os.PathLike) -> list[dict]:
     """The rows of a run folder's `metrics.jsonl`, in order; [] without one. A torn last line is left out."""
-    file = pathlib.Path(workdir) / FILE
+    file = storage.folder(workdir) / FILE
     lines = file.read_text().splitlines() if file.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -62,10 +63,12 @@ class Writer:
         every: float = 10.0,
         stream=None,
     ):
-        self._folder, self._steps, self._batch = pathlib.Path(workdir), steps, batch_size
+        self._folder, self._steps, self._batch = storage.folder(workdir), steps, batch_size
         self._flops, self._peak = flops_per_example, peak_flops
         self._active = jax.process_index() == 0
-        self._tensorboard, self._events, self._file = tensorboard, None, None
+        # TensorBoard's event files are appended to, which an object store cannot do.
+        self._tensorboard = tensorboard and not storage.remote(workdir)
+        self._events, self._log = None, None
         self._progress = _Progress(steps, every, stream or sys.stderr) if self._active else None
         self._pace = 0.0  # seconds a step, averaged with a memory of a few rows
 
@@ -73,13 +76,9 @@ class Writer:
         """Starts or continues the history at `step`: rows beyond it, and a former end of the run, are dropped."""
         if not self._active:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        file, rows = self._folder / FILE, read_rows(self._folder)
+        rows = read_rows(self._folder)
         kept = [row for row in rows if row["step"] <= step and row["kind"] != "done"]
-        draft = file.with_suffix(".tmp")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(draft, file)
-        self._file = file
+        self._log = storage.Log(self._folder / FILE, [json.dumps(row) for row in kept])
         if self._tensorboard and self._events is None:
             from tensorboardX import SummaryWriter
 
@@ -125,18 +124,19 @@ class Writer:
 
     def close(self) -> None:
         """Ends the progress bar and the event file; later calls write nothing."""
+        if self._log is not None:
+            self._log.flush()
         for part in (self._progress, self._events):
             if part is not None:
                 part.close()
         self._active, self._events = False, None
 
     def _row(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        if self._file is None:
+        if self._log is None:
             self.resume(0)
         row = {"step": int(step), "time": round(time.time(), 3), "kind": kind}
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        with self._file.open("a") as file:
-            file.write(json.dumps(row | finite, allow_nan=False) + "\n")
+        self._log.add(json.dumps(row | finite, allow_nan=False))
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)

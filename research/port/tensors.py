@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import pathlib
 import pickle
 import re
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+from research.core import storage
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 # Under which keys training scripts keep the weights; averaged ones first, as timm reads them.
@@ -38,7 +39,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
       FileNotFoundError: no such file.
       ValueError: the file is damaged, of an unknown kind, or a pickle of more than tensors, which is not executed.
     """
-    path = pathlib.Path(path)
+    path = storage.folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     if path.suffix == ".safetensors":
@@ -50,13 +51,10 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Writes a `.safetensors` file, whole or not at all; folders are made, an older file is replaced."""
-    path = pathlib.Path(path)
+    path = storage.folder(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors, give the file that suffix")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, dict(metadata))
-    partial.replace(path)
+    storage.write(path, safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, dict(metadata)))
 
 
 def unwrap(content, path: str | os.PathLike) -> dict:
@@ -84,7 +82,7 @@ def strip_prefixes(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return state
 
 
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _read_safetensors(path: storage.Path) -> dict[str, np.ndarray]:
     # safetensors.numpy knows no bfloat16, so its parser is used and the arrays are made here.
     try:
         entries = safetensors.deserialize(path.read_bytes())
@@ -98,7 +96,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
-def _read_pickle(path: pathlib.Path):
+def _read_pickle(path: storage.Path):
     try:
         import torch
     except ImportError:

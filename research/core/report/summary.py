@@ -6,11 +6,10 @@ epoch on the evaluation data would flatter whatever is noisy. Unfinished runs ar
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from research.core import compare, runs, sweeps
+from research.core import compare, runs, storage, sweeps
 from research.core import config as configs
 from research.core.errors import UserError
 
@@ -107,10 +106,10 @@ def collect(paths: Sequence[str | os.PathLike], baseline: str | None = None, met
     Raises:
       FileNotFoundError, UserError: no such folder, no runs in it, no such arm or metric.
     """
-    plans = {path: plan for path in map(pathlib.Path, paths) if (plan := sweeps.load(path))}
-    folders: list[pathlib.Path] = []
+    plans = {path: plan for path in map(storage.folder, paths) if (plan := sweeps.load(path))}
+    folders: list[storage.Path] = []
     notes: list[str] = []
-    for path in map(pathlib.Path, paths):
+    for path in map(storage.folder, paths):
         if path in plans:
             planned = [path / run.folder for run in plans[path].runs]
             present = [folder for folder in planned if (folder / runs.CONFIG).is_file()]
@@ -131,14 +130,14 @@ def collect(paths: Sequence[str | os.PathLike], baseline: str | None = None, met
     first = _baseline(arms, baseline)
     arms.sort(key=lambda arm: (arm.reference, arm is not first))
     metrics = _metrics(arms, metric)
-    title = " + ".join(path.resolve().name for path in map(pathlib.Path, paths))
+    title = " + ".join(path.resolve().name for path in map(storage.folder, paths))
     patterns = compare.method_keys(found[0].config)
     return Summary(title, tuple(found), tuple(arms), tuple(metrics), first, tuple(notes), plan, patterns)
 
 
-def _under(folder: pathlib.Path, paths: Sequence[str | os.PathLike]) -> str:
+def _under(folder: storage.Path, paths: Sequence[str | os.PathLike]) -> str:
     """The folder's name below the one that was asked for."""
-    for path in map(pathlib.Path, paths):
+    for path in map(storage.folder, paths):
         if folder != path and folder.is_relative_to(path):
             return str(folder.relative_to(path))
     return folder.name
