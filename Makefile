@@ -9,6 +9,11 @@ export JAX_PLATFORMS ?= cpu
 $(VENV)/.ready: setup.py
 	@test -n "$(PYTHON)" || { echo "make: Python 3.11 or 3.12 is needed; set PYTHON=/path/to/python3.11"; exit 1; }
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+# Apart, as the test extra is large: it holds a compiler for TPUs.
+$(VENV)/.ready-test: $(VENV)/.ready
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
@@ -17,10 +22,10 @@ quickstart: $(VENV)/.ready
 	  --workdir runs/quickstart --config.teacher.workdir=runs/quickstart/teacher
 	$(RUN) -m launch.report runs/quickstart --output runs/quickstart/report.html --png runs/quickstart/report.png
 
-test: $(VENV)/.ready lint
+test: $(VENV)/.ready-test lint
 	$(RUN) -m pytest -n 2 --dist loadfile
 
-lint: $(VENV)/.ready
+lint: $(VENV)/.ready-test
 	$(RUN) -m ruff check .
 
 clean:

@@ -33,7 +33,7 @@ setup(
         "ml-collections>=1.0,<2",
         "chex>=0.1.90,<0.2",
         "absl-py>=2.1,<3",
-        "etils>=1.12,<2",
+        "etils[epath]>=1.12,<2",
         "numpy>=2.0,<3",
         "scipy>=1.13,<2",
         "scikit-learn>=1.5,<2",

@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from research.core import config as configs
-from research.core import environment, loop, peaks, runner, runs, storage, writers
+from research.core import environment, loop, peaks, profile, runner, runs, storage, writers
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
@@ -144,19 +144,29 @@ def train_teacher(config: ConfigDict) -> None:
     run(configs.load(t.recipe, [f"--config.data.{key}={config.data[key]}" for key in ("kind", "path")]), t.workdir)
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, float]:
-    """Trains a config in a run folder, or resumes it there; returns the last evaluation's metrics."""
+def run(config: ConfigDict, workdir: str | os.PathLike, *, steps: profile.Steps | None = None) -> dict[str, float]:
+    """Trains a config in a run folder, or resumes it there; returns the last evaluation's metrics.
+
+    Args:
+      config: from `configs.load`.
+      workdir: local or gs://.
+      steps: to profile, counted from this start.
+    """
     workdir = storage.folder(workdir)
     data = open_data(config)
     resolved = with_teacher(resolve(config, data), workdir)
     experiment = build(resolved, data)
     bound = bind(experiment, resolved)
     _check_batches(resolved, bound.devices)
+    if steps and steps.last > resolved.steps:
+        raise UserError(f"--profile: the run has {resolved.steps} steps, so there is no step {steps.last}")
     configs.claim(workdir, config)  # whatever is wrong with the config was found before the folder is made
     train_teacher(resolved)
     environment.write(workdir)
     costs = experiment.costs()
     schedule = plan(resolved)
+    if steps:
+        bound = profile.traced(bound, steps, workdir)
     writer = writers.Writer(
         workdir,
         steps=schedule.steps,
@@ -219,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--config", required=True, help="config file, with its argument after a colon")
     found.add_argument("--workdir", default="", help="run folder; runs/<config's name> by default")
+    found.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps of this start into WORKDIR/profile")
     found.add_argument("--distributed", action="store_true", help="one of several processes: find the others first")
     return found
 
@@ -233,7 +244,8 @@ def main(argv: list[str]) -> int:
     if options.distributed:
         jax.distributed.initialize()
     path, _, arg = options.config.partition(":")
-    run(config, options.workdir or pathlib.Path("runs") / f"{pathlib.Path(path).stem}{'-' * bool(arg)}{arg}")
+    workdir = options.workdir or pathlib.Path("runs") / f"{pathlib.Path(path).stem}{'-' * bool(arg)}{arg}"
+    run(config, workdir, steps=profile.parse(options.profile) if options.profile else None)
     return 0
 
 

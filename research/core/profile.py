@@ -24,6 +24,8 @@ from research.core.runner import Runner
 LOG = logging.getLogger(__name__)
 
 FOLDER, SUMMARY = "profile", "summary.txt"
+# What a fusion is called after, if it holds one.
+HEAVY = ("convolution", "dot", "scatter", "gather", "sort", "reduce-window", "reduce", "copy", "transpose")
 CONTAINERS = ("while", "conditional", "call")  # their time is that of the operations inside them
 
 
@@ -39,7 +41,7 @@ class Op(NamedTuple):
 
     Attributes:
       name: of the HLO instruction.
-      kind: its opcode, that of the root for a fusion.
+      kind: its opcode; for a fusion that of its heaviest part, or elementwise.
       where: path of modules and functions it came from.
       seconds: device time.
       count: executions.
@@ -137,19 +139,19 @@ def _events(trace: pathlib.Path) -> Iterator[tuple[str, float]]:
 
 
 def instructions(program: str) -> dict[str, tuple[str, str]]:
-    """Instruction -> (kind, origin) of a compiled program's text. A fusion is of the kind of its root."""
-    roots: dict[str, str] = {}
+    """Instruction -> (kind, origin) of a compiled program's text. A fusion is of the kind of its heaviest part."""
+    parts: dict[str, list[str]] = defaultdict(list)
     found: dict[str, tuple[str, str]] = {}
     computation = ""
     for line in program.splitlines():
         if line.endswith("{") and (header := re.match(r"(?:ENTRY )?%?([\w.-]+)", line)):
             computation = header[1]
-        elif match := re.match(r"\s+(ROOT )?%?([\w.-]+) = .*?[\])}] ([a-z][\w-]*)\(", line):
-            root, name, kind = match.groups()
-            if called := re.search(r"calls=%?([\w.-]+)", line):
-                kind = roots.get(called[1], kind)  # computations stand before their callers
-            if root:
-                roots[computation] = kind
+        elif match := re.match(r"\s+(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([a-z][\w-]*)\(", line):
+            name, kind = match.groups()
+            if kind == "fusion" and (called := re.search(r"calls=%?([\w.-]+)", line)):
+                inside = parts[called[1]]  # computations stand before their callers
+                kind = next((heavy for heavy in HEAVY if heavy in inside), "elementwise")
+            parts[computation].append(kind)
             origin = re.search(r'op_name="([^"]*)"', line)
             found[name] = (kind, _short(origin[1]) if origin else "")
     return found

@@ -180,3 +180,11 @@ def test_pretrained_weights_start_the_student(trained, tmp_path):
     assert run(tmp_path, *options, f"--config.students.small.weights={weights}") == 0
     final, started = writers.read_rows(trained)[-1], writers.read_rows(tmp_path)[-1]
     assert started["eval/small/loss"] == pytest.approx(final["eval/small/loss"], rel=1e-6)
+
+
+def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
+    assert "has 4 steps, so there is no step 9" in refused(capsys, run(tmp_path / "a", "--profile=2:9"))
+    assert "write FIRST:LAST" in refused(capsys, run(tmp_path / "a", "--profile=x"))
+    assert not (tmp_path / "a").exists()
+    assert run(tmp_path / "b", "--profile=2:3") == 0
+    assert (tmp_path / "b" / "profile" / "summary.txt").read_text().startswith("2 steps,")
