@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from research.core import cluster, environment, loop, peaks, profile, runner, runs, storage, writers
 from research.core import config as configs
-from research.core import environment, loop, peaks, profile, runner, runs, storage, writers
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
@@ -189,7 +190,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, steps: profile.Steps 
         )
     finally:
         checkpoints.close()
-    _export(workdir, experiment.export(bound.canonical(state)), costs)
+    # The step counter is on every device.
+    _export(workdir, experiment.export(bound.canonical(state)), costs, bound.shapes.step.sharding)
     writer.done(results)
     return results
 
@@ -212,12 +214,19 @@ def _peak() -> float:
         return 0.0
 
 
-def _export(workdir: storage.Path, models: dict, costs: dict) -> None:
-    """Writes every model's trained weights as safetensors under our own names, and what the networks cost."""
+def _export(workdir: storage.Path, models: dict, costs: dict, whole: jax.sharding.Sharding) -> None:
+    """Writes every model's trained weights as safetensors under our own names, and what the networks cost.
+
+    All processes take part, as each may hold a share of every array; they leave together, when the files are there.
+    """
+    gather = jax.jit(lambda tree: tree, out_shardings=whole)
+    for name, variables in models.items():
+        arrays = gather(variables)
+        if jax.process_index() == 0:
+            checkpoint.save_variables(jax.device_get(arrays), workdir / WEIGHTS / f"{name}.safetensors")
     if jax.process_index() == 0:
         storage.write(workdir / runs.COST, json.dumps(costs, indent=2) + "\n")
-        for name, variables in models.items():
-            checkpoint.save_variables(jax.device_get(variables), workdir / WEIGHTS / f"{name}.safetensors")
+    multihost_utils.sync_global_devices("weights are written")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -242,7 +251,7 @@ def main(argv: list[str]) -> int:
         logging.getLogger(name).setLevel(logging.INFO)
     config = configs.load(options.config, overrides)
     if options.distributed:
-        jax.distributed.initialize()
+        cluster.join()
     path, _, arg = options.config.partition(":")
     workdir = options.workdir or pathlib.Path("runs") / f"{pathlib.Path(path).stem}{'-' * bool(arg)}{arg}"
     run(config, workdir, steps=profile.parse(options.profile) if options.profile else None)

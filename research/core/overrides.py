@@ -64,6 +64,12 @@ def _whole(number: float) -> int:
 
 
 def _sequence(key: str, text: str, like: tuple) -> tuple:
+    if like and all(isinstance(item, (tuple, list)) for item in like):
+        value = _tuples(_literal(text))
+        if not isinstance(value, tuple) or not all(isinstance(item, tuple) for item in value):
+            example = [list(item) for item in like]
+            raise UserError(f"{key}: expected a list of lists such as {example}, got {text!r}")
+        return value
     if any(isinstance(item, (dict, tuple, list)) or hasattr(item, "items") for item in like):
         raise UserError(f"{key}: is a list of groups and takes no value; set one entry, {key}.0.<key>=<value>")
     items = _split(text)

@@ -19,7 +19,7 @@ FILE = """
     def get_config(arg):
         config = ConfigDict(dict(
             arg=arg, batch_size=8, lr=0.1, name="a", flag=False, nothing=None, sizes=(1, 2), betas=(0.9, 0.999),
-            size=config_dict.placeholder(int), log=dict(every=10), data=dict(path="digits", workers=2),
+            size=config_dict.placeholder(int), log=dict(every=10), rules=((".*", "fsdp"),), data=dict(path="digits", workers=2),
             students=[dict(loss="kd", sizes=[1, 2]), dict(loss="dkd")], optimizer=dict(lr=0.5, name="sgd"),
         ))
         config.twice = config.get_ref("batch_size") * 2
@@ -71,6 +71,7 @@ def test_is_locked_inside_sequences_too(file):
         ("sizes=[]", "sizes", ()),
         ("sizes=1,None", "sizes", (1, None)),
         ("betas=1,2", "betas", (1.0, 2.0)),
+        ("rules=[['a=b,c', 'tensor:1'], ('.*', 'fsdp')]", "rules", (("a=b,c", "tensor:1"), (".*", "fsdp"))),
         ("students.1.loss=dist", "students.1.loss", "dist"),
         ("students.0.sizes.1=9", "students.0.sizes", (1, 9)),
         ("optimizer.lr=.25", "optimizer.lr", 0.25),
@@ -105,6 +106,8 @@ def test_overrides_reach_values_derived_from_them_and_the_last_one_wins(file):
         ("--config.flag=2", "expected true or false, got '2'"),
         ("--config.sizes=a,b", "expected a whole number, got 'a'"),
         ("--config.size=a", "expected a whole number"),
+        ("--config.rules=fsdp", "expected a list of lists such as [['.*', 'fsdp']], got 'fsdp'"),
+        ("--config.rules=['a','b']", "expected a list of lists"),
         ("--config.lr", "an override is written --config.key=value"),
     ],
 )
