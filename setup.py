@@ -9,6 +9,7 @@ TEST = [
     "jaxtyping>=0.3,<0.4",
     "beartype>=0.20,<1",
     "ruff>=0.12,<1",
+    "psutil>=5.9,<8",
     "gcp-storage-emulator>=2026.7,<2028",
     # Compiles for TPUs without one; JAX says which version belongs to it. There is no build for other machines.
     "jax[tpu]>=0.10,<0.12; sys_platform == 'linux' and platform_machine == 'x86_64'",
