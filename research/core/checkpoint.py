@@ -4,10 +4,18 @@ A folder `checkpoints/<step>/` holds the state (without `frozen`, which `init` r
 position in the data as a global count of examples, seconds trained, and the shape of every leaf. Reading compares that
 record with the state wanted before any array is touched: another model's checkpoint is refused by parameter name, while
 a damaged checkpoint falls back to the one before it.
+
+One save is in flight at a time: where the store is slower than the saves follow each other, the next one waits for it
+(so that at most the steps since the last save can be lost), and says so. A save that failed is warned about and tried
+again with the next one; a full disk, the run's last save, and TRIES failures in a row are errors.
 """
 
+import contextlib
+import errno
 import logging
-import pathlib
+import os
+import shutil
+import time
 from typing import NamedTuple
 
 import jax
@@ -15,11 +23,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from research.core import seal
+from research.core import cluster, seal, storage
+from research.core.errors import UserError
 from research.core.experiment import State
 from research.core.sharding import paths
 
 LOG = logging.getLogger(__name__)
+
+TRIES = 3  # failed saves in a row that end a run
+TIMEOUT = 1200  # seconds after which a save that has not ended counts as failed
+_NOTED = 1.0  # seconds of waiting for a save in flight that are worth a warning
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written, and trying again later is no use; the message says what is left."""
 
 
 class Progress(NamedTuple):
@@ -55,14 +72,21 @@ class Checkpoints:
     """The checkpoints of one run folder.
 
     Args:
-      folder: created if missing.
+      folder: local or `gs://`; created if missing.
       keep: newest checkpoints kept; the best by `metric` is kept besides.
       metric: name of the evaluation metric that ranks checkpoints (higher is better), or "".
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2, metric: str = ""):
-        policies = [ocp.checkpoint_managers.LatestN(keep)]
-        if metric:
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2, metric: str = ""):
+        self._folder = storage.folder(folder if storage.remote(folder) else os.path.abspath(folder))
+        self._keep, self._metric = keep, metric
+        self._flying: tuple[int, int] | None = None  # step and bytes of the save that is not yet known to have ended
+        self._failures, self._succeeded = 0, False
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        policies = [ocp.checkpoint_managers.LatestN(self._keep)]
+        if metric := self._metric:
             policies.append(
                 ocp.checkpoint_managers.BestN(
                     get_metric_fn=lambda m: m[metric], n=1, keep_checkpoints_without_metrics=False
@@ -71,31 +95,47 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
             single_host_load_and_broadcast=False,
         )
-        self._folder = pathlib.Path(folder).absolute()
-        self._metric = metric
-        self._manager = ocp.CheckpointManager(
+        return ocp.CheckpointManager(
             self._folder,
             options=options,
             item_names=("state", "record"),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "record": ocp.JsonCheckpointHandler()},
         )
 
-    def save(self, state: State, progress: Progress, metrics: dict[str, float] | None = None) -> None:
+    def save(
+        self, state: State, progress: Progress, metrics: dict[str, float] | None = None, *, final: bool = False
+    ) -> None:
         """Starts writing a canonical state; returns when the arrays are copied, not when they are on disk.
 
         A step that is there already is left as it is: the same step of the same run is the same state.
+
+        Args:
+          state: its `step` names the checkpoint.
+          progress: saved beside it.
+          metrics: of this very state, to rank it.
+          final: returns when the checkpoint is on disk, and tries TRIES times to get it there.
+        Raises:
+          SaveFailed: this save or the one before it failed, and not only for the moment.
         """
         self.wait()
         step = int(jax.device_get(state.step))
-        if step in self._manager.all_steps():
-            return
         tree = _tree(state)
         record = {"progress": progress._asdict(), "leaves": _record(tree)}
         ranked = {self._metric: metrics[self._metric]} if metrics and self._metric in metrics else None
         args = ocp.args.Composite(state=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(record))
-        self._manager.save(step, args=args, metrics=ranked)
+        while step not in self._manager.all_steps():
+            self._flying = step, sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+            try:
+                self._manager.save(step, args=args, metrics=ranked)
+            except Exception as error:  # Orbax and its stores raise many types; each means: not written
+                self._failed(error)
+            if not final:
+                break
+            self.wait()
+            time.sleep(self._failures)  # nothing but this save is left to do: give the store time
 
     def restore(self, shapes: State) -> tuple[State, Progress] | None:
         """The newest readable checkpoint in the form of `shapes` (with its shardings; `frozen` is None), or None.
@@ -140,30 +180,92 @@ class Checkpoints:
         LOG.warning("checkpoint %s is damaged (%s); using the one before it", self._folder / str(step), problem)
 
     def discard_after(self, step: int) -> None:
-        """Removes checkpoints newer than `step` (damaged ones), so that their steps can be written again."""
+        """Removes checkpoints newer than `step` (damaged ones) and unfinished ones: training goes on from there."""
         for newer in [s for s in self._manager.all_steps() if s > step]:
             self._manager.delete(newer)
+        self._sweep()
 
     def latest(self) -> int | None:
         """The newest step on disk."""
         self.wait()
+        return self._newest()
+
+    def _newest(self) -> int | None:
         return max(self._manager.all_steps(), default=None)
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk, and seals it; raises what went wrong there."""
-        self._manager.wait_until_finished()
-        self._seal()
+        """Blocks until what was saved is on disk, and seals it.
+
+        Raises:
+          SaveFailed: it could not be written, and not only for the moment; a first failure is a warning.
+        """
+        began = time.monotonic()
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._failed(error)
+            return
+        if (waited := time.monotonic() - began) > _NOTED and self._flying:
+            LOG.warning("waited %.1f s for the checkpoint of step %d to be written", waited, self._flying[0])
+        self._landed()
 
     def settle(self) -> None:
         """Seals what has reached the disk by now; does not block."""
         if not self._manager.is_saving_in_progress():
-            self._seal()
+            self.wait()
 
-    def _seal(self) -> None:
+    def _landed(self) -> None:
+        if self._flying:
+            self._flying, self._failures, self._succeeded = None, 0, True
         if jax.process_index() == 0:
             for step in self._manager.all_steps():
                 seal.write(self._folder / str(step))
 
+    def _failed(self, error: Exception) -> None:
+        """Puts everything back to before the save; warns, or raises SaveFailed."""
+        if jax.process_count() > 1 and cluster.lost(error):
+            raise error
+        step, size = self._flying or (-1, 0)
+        self._flying, self._failures = None, self._failures + 1
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._sweep()
+        self._manager = self._open()  # the old one remembers the step as saved, or as being saved
+        kept = self._newest()
+        left = f"the last good checkpoint is step {kept}" if kept is not None else "no checkpoint was written yet"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][-200:]
+        text = f"the checkpoint of step {step} could not be written to {self._folder}"
+        if _no_space(error):
+            free = "" if storage.remote(self._folder) else f", {shutil.disk_usage(self._folder).free:,} are free"
+            again = "Make space and start the same command again"
+            raise SaveFailed(f"{text}: no space left; it needs about {size:,} bytes{free}; {left}. {again}") from error
+        if jax.process_count() > 1 and self._succeeded:
+            # The others may wait for this save's barriers: only a restart brings all processes to one mind.
+            cluster.leave(f"{text} ({reason}); {left}")
+        if jax.process_count() > 1 or self._failures >= TRIES:
+            raise SaveFailed(f"{text}, {self._failures} times in a row ({reason}); {left}") from error
+        LOG.warning("%s (%s); it will be tried again with the next one; %s", text, reason, left)
+
+    def _sweep(self) -> None:
+        """Removes what unfinished saves left behind."""
+        if jax.process_index() == 0 and not storage.remote(self._folder):  # in a store, saving again replaces them
+            for unfinished in self._folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
     def close(self) -> None:
-        self.wait()
-        self._manager.close()
+        """Waits for what was saved and ends; raises SaveFailed where that failed."""
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+
+def _no_space(error: BaseException | None) -> bool:
+    """Whether the store was full, by whatever the libraries between made of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(error) for text in ("No space left on device", "Disk quota exceeded", "ENOSPC", "EDQUOT")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,4 +1,8 @@
-"""The one training loop: step, log, evaluate, save, resume; it stops cleanly on a signal and on a non-finite loss."""
+"""The one training loop: step, log, evaluate, save, resume.
+
+It stops cleanly on a signal and on a non-finite loss, and ends where it cannot go on: see README.md, "What happens when
+things break".
+"""
 
 import contextlib
 import functools
@@ -13,14 +17,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from research.core import cluster
 from research.core import metrics as metrics_lib
-from research.core.checkpoint import Checkpoints, Progress
+from research.core.checkpoint import Checkpoints, Progress, SaveFailed
+from research.core.cluster import RESTART
 from research.core.runner import Runner
+from research.core.watchdog import Watchdog
 from research.core.writers import Writer
 
 LOG = logging.getLogger(__name__)
-
-RESTART = 42  # exit status that asks the launcher to start the job again
 
 
 class Preempted(SystemExit):
@@ -129,6 +134,7 @@ def fit(
     eval_batches: Callable[[], Iterator[dict]] | None = None,
     checkpoints: Checkpoints | None = None,
     writer: Writer | None = None,
+    watchdog: Watchdog | None = None,
 ):
     """Trains to `plan.steps` and returns (final placed state, last evaluation metrics).
 
@@ -140,10 +146,17 @@ def fit(
       eval_batches: -> iterator over the evaluation set, or None.
       checkpoints: where to save to and resume from, or None.
       writer: where metrics go, or None.
+      watchdog: ends the process when no step finishes any more, or None.
     Raises:
       NonFinite: a training metric is NaN or infinite.
       Preempted: a stop signal arrived; the state is saved.
+      SaveFailed: a checkpoint cannot be written.
     """
+    with cluster.guard(), stop_signals() as stop, watchdog or Watchdog() as watch:
+        return _fit(runner, plan, key, train_batches, eval_batches, checkpoints, writer, watch, stop)
+
+
+def _fit(runner, plan, key, train_batches, eval_batches, checkpoints, writer, watch, stop):
     state, progress = start(runner, key, checkpoints)
     first = progress.examples // plan.batch_size
     if first:
@@ -158,55 +171,62 @@ def fit(
     def due(step: int, every: int) -> bool:
         return step == plan.steps or bool(every and step % every == 0)
 
-    def save(step: int, ranked_by: dict[str, float] | None) -> None:
+    def evaluated(step: int) -> dict[str, float]:
+        with watch.slow("evaluating"):
+            found = evaluate(runner, state, watch.each(eval_batches()))
+        if writer and step > first:
+            writer.eval(step, found)
+        return found
+
+    def save(step: int, ranked_by: dict[str, float] | None, final: bool) -> None:
         if checkpoints:
             spent = progress.seconds + time.monotonic() - began
-            checkpoints.save(runner.canonical(state), Progress(step * plan.batch_size, spent), ranked_by)
+            with watch.slow("saving"):
+                reached = Progress(step * plan.batch_size, spent)
+                checkpoints.save(runner.canonical(state), reached, ranked_by, final=final)
 
-    with stop_signals() as stop:
-        batches = train_batches(first)
-        mark = time.monotonic()
-        for step in range(first + 1, plan.steps + 1):
-            asked = time.monotonic()
-            batch = next(batches)
-            waited += time.monotonic() - asked
-            batch = runner.put(batch)
-            with jax.transfer_guard("disallow"):
-                state, metrics = runner.train_step(state, batch)
-            window.add(step, metrics)
-            stopping = _agreed(stop, step, plan.stop_every)
-            saving, evaluating = due(step, plan.save_every), due(step, plan.eval_every) and eval_batches is not None
-            if step == first + 1 or due(step, plan.log_every) or saving or evaluating or stopping:
-                try:
-                    values = window.flush()
-                except NonFinite as error:
-                    raise NonFinite(_advice(str(error), checkpoints)) from None
-                now = time.monotonic()
-                if writer:
-                    writer.train(step, values, seconds=now - mark, steps=step - logged, waited=waited)
-                mark, waited, logged = now, 0.0, step
-                if checkpoints:
-                    checkpoints.settle()
-            if evaluating:
-                results = evaluate(runner, state, eval_batches())
-                if writer:
-                    writer.eval(step, results)
-                mark = time.monotonic()  # evaluation is not training time
-            if saving or stopping:
-                save(step, results if evaluating else None)  # an older evaluation says nothing of this state
-            if stopping and step < plan.steps:
-                if checkpoints:
-                    checkpoints.wait()
-                LOG.warning("told to stop: step %d is saved, exiting with status %d", step, RESTART)
-                raise Preempted()
+    batches = train_batches(first)
+    mark = time.monotonic()
+    for step in range(first + 1, plan.steps + 1):
+        asked = time.monotonic()
+        batch = next(batches)
+        waited += time.monotonic() - asked
+        batch = runner.put(batch)
+        with jax.transfer_guard("disallow"):
+            state, metrics = runner.train_step(state, batch)
+        window.add(step, metrics)
+        watch.dispatched(step, metrics)
+        stopping = _agreed(stop, step, plan.stop_every)
+        saving, evaluating = due(step, plan.save_every), due(step, plan.eval_every) and eval_batches is not None
+        if step == first + 1 or due(step, plan.log_every) or saving or evaluating or stopping:
+            try:
+                values = window.flush()
+            except NonFinite as error:
+                raise NonFinite(_advice(str(error), checkpoints)) from None
+            now = time.monotonic()
+            if writer:
+                writer.train(step, values, seconds=now - mark, steps=step - logged, waited=waited)
+            mark, waited, logged = now, 0.0, step
+            if checkpoints:
+                checkpoints.settle()
+        if evaluating:
+            results = evaluated(step)
+            mark = time.monotonic()  # evaluation is not training time
+        if saving or stopping:
+            # An older evaluation says nothing of this state. What is saved last has to be on disk before the end.
+            save(step, results if evaluating else None, final=stopping or step == plan.steps)
+        if stopping and step < plan.steps:
+            LOG.warning("told to stop: step %d is saved, exiting with status %d", step, RESTART)
+            raise Preempted()
     if first >= plan.steps and eval_batches is not None:
-        results = evaluate(runner, state, eval_batches())
-    if checkpoints:
-        checkpoints.wait()
+        results = evaluated(first)
     return state, results
 
 
 def _advice(text: str, checkpoints: Checkpoints | None) -> str:
-    last = checkpoints.latest() if checkpoints else None
+    try:
+        last = checkpoints.latest() if checkpoints else None
+    except SaveFailed as error:
+        text, last = f"{text}; {error}", None
     kept = f"the last good checkpoint is step {last}" if last is not None else "no checkpoint was written yet"
     return f"{text}; {kept}. Lower optimizer.lr, clip gradients (optimizer.clip), or compute in float32 (dtype)"

@@ -32,9 +32,9 @@ def test_a_checkpoint_is_ranked_by_its_own_evaluation_alone(bound, tmp_path, mon
     seen = {}
     save = Checkpoints.save
 
-    def spy(self, state, progress, metrics=None):
+    def spy(self, state, progress, metrics=None, **options):
         seen[int(state.step)] = metrics
-        save(self, state, progress, metrics)
+        save(self, state, progress, metrics, **options)
 
     monkeypatch.setattr(Checkpoints, "save", spy)
     checkpoints = Checkpoints(tmp_path, keep=1, metric="top1")

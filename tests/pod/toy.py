@@ -87,3 +87,13 @@ def batches(start: int, *, process: int = 0, processes: int = 1):
             "mask": np.ones(share, np.float32),
         }
         step += 1
+
+
+def held_out(size: int, *, process: int = 0, processes: int = 1):
+    """One pass over `size` examples: this process's rows of each global batch, filled up with rows of mask 0."""
+    images, labels = dataset()
+    share = BATCH // processes
+    for start in range(0, size, BATCH):
+        rows = (np.arange(BATCH) + start)[process * share : (process + 1) * share]
+        at = rows % len(labels)
+        yield {"image": images[at], "label": labels[at], "mask": (rows < size).astype(np.float32)}
