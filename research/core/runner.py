@@ -58,10 +58,6 @@ def _abstract(experiment: Experiment) -> State:
     return jax.eval_shape(experiment.init, jax.eval_shape(lambda: jax.random.PRNGKey(0)))
 
 
-def _with_sharding(shapes, placed):
-    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
-
-
 def _start(experiment: Experiment, placed) -> Callable[[jax.Array], State]:
     """key -> canonical state: what `init` makes, with the pretrained weights in place."""
     init = jax.jit(experiment.init, out_shardings=placed)
@@ -110,7 +106,7 @@ def _jit(experiment: Experiment, mesh: jax.sharding.Mesh, rules: Sequence) -> Ru
         eval_step=jax.jit(experiment.eval_step, out_shardings=whole),
         canonical=lambda state: state,
         place=lambda state: state,
-        shapes=_with_sharding(shapes, placed),
+        shapes=sharding.placed_shapes(shapes, placed),
         devices=devices,
     )
 
@@ -165,6 +161,6 @@ def _pmap(experiment: Experiment, devices: list) -> Runner:
         eval_step=lambda state, batch: first(evaluate(state, batch)),
         canonical=canonical,
         place=place,
-        shapes=_with_sharding(shapes, jax.tree.map(lambda _: whole, shapes)),
+        shapes=sharding.placed_shapes(shapes, jax.tree.map(lambda _: whole, shapes)),
         devices=len(devices),
     )

@@ -138,3 +138,8 @@ def shardings(shapes, mesh: jax.sharding.Mesh, rules: Sequence[Sequence[str]], *
             LOG.info("sharding: %s %s does not divide under %r, replicated", path, leaf.shape, strategy)
         placed.append(NamedSharding(mesh, spec or PartitionSpec()))
     return jax.tree.unflatten(jax.tree.structure(shapes), placed)
+
+
+def placed_shapes(shapes, placed):
+    """The tree of ShapeDtypeStructs with its tree of shardings put in."""
+    return jax.tree.map(lambda s, p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=p), shapes, placed)
