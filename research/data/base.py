@@ -20,7 +20,10 @@ class Source:
       name: what messages call it.
       class_names: the classes in the order of their labels.
       labels: (len,) int32 array where labels are known without reading the examples, else None.
+      concurrency: reads a core should keep under way; more than 1 where a read waits for a network.
     """
+
+    concurrency = 1
 
     def __init__(self, name: str, class_names: Sequence[str], labels: Sequence[int] | np.ndarray | None = None):
         self.name = name

@@ -48,12 +48,21 @@ class Folder(Files):
 
 def folder(root: pathlib.Path, split: str | None = None) -> Files:
     """Opens a tree of class folders of JPEG or PNG files."""
+    return Folder(root, split, _images_below(root))
+
+
+def folder_splits(root: pathlib.Path) -> list[str]:
+    """The names of the splits of such a tree; [] where it has none."""
+    return find_splits(_images_below(root))
+
+
+def _images_below(root: pathlib.Path) -> list[str]:
     paths = []
     for place, folders, names in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         base = os.path.relpath(place, root)
         paths += [name if base == "." else f"{base}/{name}".replace(os.sep, "/") for name in names if _is_image(name)]
-    return Folder(root, split, paths)
+    return paths
 
 
 class Archive(Files):
@@ -105,6 +114,15 @@ def archive(path: pathlib.Path, split: str | None = None) -> Files:
     Raises UserError for a file that is no zip, an encrypted or exotically compressed entry, and an entry whose name
     climbs out of the archive: nothing is extracted here, but such an archive is not to be trusted.
     """
+    return Archive(path, split, _images_inside(path))
+
+
+def archive_splits(path: pathlib.Path) -> list[str]:
+    """The names of the splits of such a zip; [] where it has none."""
+    return find_splits(list(_images_inside(path)))
+
+
+def _images_inside(path: pathlib.Path) -> dict[str, zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(path) as file:
             entries = file.infolist()
@@ -118,12 +136,20 @@ def archive(path: pathlib.Path, split: str | None = None) -> Files:
     for name, entry in images.items():
         if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise UserError(f"data.path: {path}: {name!r} is encrypted or not deflate-compressed; make the zip anew")
-    return Archive(path, split, images)
+    return images
 
 
 def _is_image(path: str) -> bool:
     hidden = any(part.startswith((".", "__MACOSX")) for part in path.split("/"))
     return path.lower().endswith(SUFFIXES) and not hidden
+
+
+def find_splits(paths: list[str], wanted: str | None = None) -> list[str]:
+    """The folders of relative image paths that are splits: those with usual names, or any if `wanted` is among them."""
+    parts = [path.split("/") for path in sorted(paths)]
+    skip = _wrappers(parts) if parts else 0
+    tops = sorted({p[skip] for p in parts if len(p) > skip + 1})
+    return tops if tops and (wanted in tops or all(top.lower() in SPLITS for top in tops)) else []
 
 
 def arrange(root: str, paths: list[str], split: str | None) -> tuple[list[tuple[str, int]], list[str]]:
@@ -139,7 +165,7 @@ def arrange(root: str, paths: list[str], split: str | None) -> tuple[list[tuple[
     parts = {path: path.split("/") for path in sorted(paths)}
     skip = _wrappers(list(parts.values()))
     tops = sorted({p[skip] for p in parts.values() if len(p) > skip + 1})
-    has_splits = bool(tops) and (split in tops or all(top.lower() in SPLITS for top in tops))
+    has_splits = bool(find_splits(paths, split))
     if has_splits:
         choose_split(split, tops, root)
     elif split:

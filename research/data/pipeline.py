@@ -143,7 +143,8 @@ def train_batches(
       repeats: copies of each image, differently augmented, within a step (repeated augmentation, arXiv 1902.05509).
       group: rows among which copies of one image should not meet: what one GPU of the published run saw.
       workers: decoding processes; 0 decodes in threads. The batches are the same.
-      threads: decoding threads where there are no workers; None: one for each core this process may use.
+      threads: decoding threads where there are no workers; None: one for each core this process may use, more where
+        the source waits for a network.
       prefetch: batches read ahead, by each worker or by all threads together.
       on_corrupt: `raise` ends with an error naming the example; `skip` logs it and takes the next good one.
     Returns:
@@ -160,7 +161,7 @@ def train_batches(
     order = Order(len(source), batch_size, seed, steps_per_epoch(source, batch_size, repeats), repeats, group)
     read = _Reader(source, transform, _one_of_on_corrupt(on_corrupt))
     row = _TrainRow(read, order, start_step, rows, process_index * rows)
-    return _batches(row, _FOREVER * rows, rows, workers, threads, prefetch)
+    return _batches(row, _FOREVER * rows, rows, workers, threads or cores() * source.concurrency, prefetch)
 
 
 def eval_batches(
@@ -184,15 +185,14 @@ def eval_batches(
     read = _Reader(source, transform, _one_of_on_corrupt(on_corrupt))
     row = _EvalRow(read, batch_size, rows, process_index * rows)
     steps = -(-len(source) // batch_size)
-    return _batches(row, steps * rows, rows, workers, threads, prefetch)
+    return _batches(row, steps * rows, rows, workers, threads or cores() * source.concurrency, prefetch)
 
 
-def _batches(row: Callable[[int], dict], count: int, rows: int, workers: int, threads, prefetch: int) -> Batches:
+def _batches(row: Callable[[int], dict], count: int, rows: int, workers: int, threads: int, prefetch: int) -> Batches:
     examples = grain.MapDataset.range(count).map(row)
     if workers == 0:
         # Threads work on parts of a batch, so that the consumer has few pieces to put together.
         part = max(size for size in range(1, min(rows, PART) + 1) if rows % size == 0)
-        threads = threads or cores()
         ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, prefetch * rows // part))
         return Batches(examples.batch(part).to_iter_dataset(ahead).batch(rows // part, batch_fn=_join))
     if not flags.FLAGS.is_parsed():

@@ -15,6 +15,7 @@ from research.core.errors import UserError
 from research.data import files
 from research.data.base import Source, choose_split, existing, nearest
 from research.data.fractals import Fractals
+from research.data.shards import METADATA, open_shards
 
 
 class Arrays(Source):
@@ -169,7 +170,29 @@ def _needed(path: str | None, kind: str) -> pathlib.Path:
     return existing(path)
 
 
-KINDS = {"digits": digits, "folder": _folder, "zip": _zip, "tfds": Tfds, "arrays": arrays, "fractals": Fractals}
+KINDS = {
+    "digits": digits,
+    "folder": _folder,
+    "zip": _zip,
+    "tfds": Tfds,
+    "arrays": arrays,
+    "arrayrecord": open_shards,
+    "fractals": Fractals,
+}
+
+
+def splits(kind: str | None = None, path: str | None = None) -> list[str]:
+    """The names of a source's splits as far as they can be told without opening it; [] where it has none."""
+    kind = kind or _kind_of(path)
+    if kind == "digits":
+        return ["train", "test"]
+    if kind in ("folder", "zip"):
+        return (files.folder_splits if kind == "folder" else files.archive_splits)(_needed(path, kind))
+    if kind == "tfds" and path:
+        import tensorflow_datasets as tfds
+
+        return list(tfds.builder_from_directory(path).info.splits)
+    return []
 
 
 def source(
@@ -182,11 +205,14 @@ def source(
     """Opens a source of labelled images.
 
     Args:
-      kind: `digits`, `folder`, `zip`, `tfds`, `arrays` or `fractals`; None tells folders, .zip and .npz files apart.
-      path: the folder, .zip or .npz file, or the data_dir of TensorFlow Datasets.
+      kind: `digits`, `folder`, `zip`, `tfds`, `arrays`, `arrayrecord` or `fractals`; None tells folders, shards, .zip
+        and .npz files apart.
+      path: the folder, .zip or .npz file, the data_dir of TensorFlow Datasets, or the folder or `gs://` address of
+        shards.
       split: the part to read, where the data has parts; `train`, `test` and `all` of digits; `test` of fractals.
       num_classes: the number of classes expected (0 or None: whatever the data has); for fractals, the number made.
-      **options: `tfds_name` (tfds), `images` and `labels` (arrays), `size`, `instances`, `seed`, `color` (fractals).
+      **options: `tfds_name` (tfds), `images` and `labels` (arrays), `cache` and `cache_gb` (arrayrecord), `size`,
+        `instances`, `seed`, `color` (fractals).
     Raises:
       FileNotFoundError: nothing at `path`.
       UserError: unknown kind, option or split, an empty or unreadable dataset, or another number of classes.
@@ -201,7 +227,7 @@ def source(
             raise UserError(f"data.options.{option}: not an option of kind {kind!r}, which takes {own or 'none'}")
     if path and "path" not in takes:
         raise UserError(
-            f"data.path: {path} given, but kind {kind!r} reads no file: set data.kind to folder, zip or arrays"
+            f"data.path: {path} given, but kind {kind!r} reads no file: set data.kind to folder, zip or arrayrecord"
         )
     common = {"path": path, "split": split, "num_classes": num_classes}
     opened = KINDS[kind](**{key: value for key, value in common.items() if key in takes and value}, **options)
@@ -219,9 +245,11 @@ def source(
 def _kind_of(path: str | None) -> str:
     if not path:
         raise UserError(f"data.kind: set one of {', '.join(KINDS)}, or data.path to a folder, .zip or .npz of images")
+    if "://" in path:
+        return "arrayrecord"
     found = existing(path)
     if found.is_dir():
-        return "folder"
+        return "arrayrecord" if (found / METADATA).exists() else "folder"
     kind = {".zip": "zip", ".npz": "arrays"}.get(found.suffix.lower())
     if kind is None:
         raise UserError(f"data.path: {path} is neither a folder nor a .zip or .npz; set data.kind to say what it is")
