@@ -67,6 +67,7 @@ def base() -> ConfigDict:
     c.parallel.axes = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     c.parallel.rules = ((".*", "replicate"),)
     c.parallel.accumulate = 1
+    c.parallel.patience = 600.0  # seconds without a finished step that end the run with status 42; 0: never
 
     c.log = ConfigDict()
     c.log.every = 50  # steps

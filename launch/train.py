@@ -26,6 +26,7 @@ from research.core import config as configs
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
+from research.core.watchdog import Watchdog
 from research.data import pipeline, sources, transforms
 from research.port import checkpoint
 
@@ -187,6 +188,7 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, steps: profile.Steps 
             eval_batches=eval_batches,
             checkpoints=checkpoints,
             writer=writer,
+            watchdog=Watchdog(config.parallel.patience, workdir),
         )
     finally:
         checkpoints.close()

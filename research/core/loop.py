@@ -179,6 +179,8 @@ def _fit(runner, plan, key, train_batches, eval_batches, checkpoints, writer, wa
         return found
 
     def save(step: int, ranked_by: dict[str, float] | None, final: bool) -> None:
+        if writer:
+            writer.flush()  # a resumed run has the rows up to its checkpoint
         if checkpoints:
             spent = progress.seconds + time.monotonic() - began
             with watch.slow("saving"):

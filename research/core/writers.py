@@ -122,10 +122,14 @@ class Writer:
             self._row(self._steps, "done", _named("eval", values))
             self.close()
 
-    def close(self) -> None:
-        """Ends the progress bar and the event file; later calls write nothing."""
+    def flush(self) -> None:
+        """Brings a log in an object store up to date, which is otherwise written at intervals."""
         if self._log is not None:
             self._log.flush()
+
+    def close(self) -> None:
+        """Ends the progress bar and the event file; later calls write nothing."""
+        self.flush()
         for part in (self._progress, self._events):
             if part is not None:
                 part.close()
