@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -176,7 +177,7 @@ def suggest(result: Result, devices: list[jax.Device]) -> list[str]:
         return []
     config, shapes = result.prepared.config, result.prepared.runner.shapes
     found = fit.suggestions(config, shapes, failed, devices)
-    return [" ".join(fit.overrides(config, setting, len(devices))) for setting, _ in found]
+    return [shlex.join(fit.overrides(config, setting, len(devices))) for setting, _ in found]
 
 
 def find_fit(load: Callable[[list[str]], Prepared], result: Result, topology: Topology, devices, steps, say):
@@ -223,8 +224,8 @@ def main(argv: list[str]) -> int:
     if options.save and topology.chip.platform == "cuda":
         raise UserError(f"--save: {topology.chip.name} is lowered, not compiled; the job compiles for itself")
     devices = start(topology)
-    console = Console(stderr=options.json, soft_wrap=False, width=None if sys.stdout.isatty() else 110)
-    say = lambda line: console.print(line, highlight=False)
+    console = Console(stderr=options.json, width=None if sys.stdout.isatty() else 120)
+    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)
     steps = ("train",) if options.train_only else aot.STEPS
 
     def load(more=(), name=options.config):
@@ -266,7 +267,7 @@ def _verdict(result: Result, advice: list[str], applied: list[str], say: Callabl
     word = "FITS" if result.fits else "OUT OF MEMORY"
     say(f"{word}: {tables.gib(worst.peak)} of {tables.gib(worst.limit)} a device")
     if applied:
-        say(f"with {' '.join(applied)}")
+        say(f"with {shlex.join(applied)}")
     elif not result.fits:
         for text in advice:
             say(f"should fit with {text}")

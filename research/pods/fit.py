@@ -4,7 +4,9 @@ What a setting does to the state is known exactly from its shardings; what it do
 last program that was compiled, and then compiled to be sure.
 """
 
+import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,10 +16,11 @@ from research.core import sharding
 from research.core.config import PREFIX
 from research.core.errors import deliberate
 from research.core.experiment import State
-from research.pods.measure import Measured, device_bytes
+from research.pods.measure import TEMPORARIES, Measured, device_bytes
 
 REPLICATED = ((".*", "replicate"),)
 FSDP = ((".*", "fsdp"),)
+MARGIN = 0.95  # of the memory, that a prediction may use
 KEPT = 0.35  # of the activations, under rematerialisation of every block: a guess that a compilation corrects
 
 
@@ -61,7 +64,7 @@ def overrides(config: ConfigDict, setting: Setting, devices: int) -> list[str]:
     if setting.fsdp != now.fsdp:
         texts += [f"{PREFIX}parallel.axes.data=-1", f"{PREFIX}parallel.axes.fsdp={setting.fsdp}"]
         if tuple(config.parallel.rules) == REPLICATED:
-            texts.append(f"{PREFIX}parallel.rules={FSDP}".replace(" ", ""))
+            texts.append(PREFIX + "parallel.rules=" + json.dumps(FSDP, separators=(",", ":")))
     if setting.accumulate != now.accumulate:
         texts.append(f"{PREFIX}parallel.accumulate={setting.accumulate}")
     if setting.remat and not now.remat:
@@ -69,20 +72,25 @@ def overrides(config: ConfigDict, setting: Setting, devices: int) -> list[str]:
     return texts
 
 
-def state_bytes(shapes: State, config: ConfigDict, setting: Setting, devices: Sequence) -> int:
-    """Exact bytes of the state on one device under a setting; nothing is compiled."""
+def state_bytes(shapes: State, config: ConfigDict, setting: Setting, devices: Sequence) -> tuple[int, int]:
+    """Exact bytes on one device under a setting, of the state and of its parameters alone; nothing is compiled."""
     axes = dict(config.parallel.axes) | {"data": -1, "fsdp": setting.fsdp}
     rules = tuple(config.parallel.rules)
     mesh = sharding.mesh(axes, devices)
     placed = sharding.shardings(shapes, mesh, FSDP if setting.fsdp > 1 and rules == REPLICATED else rules)
-    return device_bytes(sharding.placed_shapes(shapes, placed))
+    state = sharding.placed_shapes(shapes, placed)
+    return device_bytes(state), device_bytes(state.params)
 
 
-def predicted(setting: Setting, tried: Setting, temporaries: int, state: int) -> float:
-    """Bytes a setting should need, from the temporaries of the program that was `tried`."""
-    micro = tried.accumulate / setting.accumulate
+def predicted(setting: Setting, tried: Setting, temporaries: int, sizes: dict[Setting, tuple[int, int]]) -> float:
+    """Bytes a setting should need, from the temporaries of the program that was `tried`.
+
+    Gradients are as large as the parameters, and there twice with micro-batches; the rest are activations.
+    """
+    gradients = {s: sizes[s][1] * (2 if s.accumulate > 1 else 1) for s in (tried, setting)}
+    activations = max(temporaries - gradients[tried], 0) * tried.accumulate / setting.accumulate
     recomputed = KEPT if setting.remat and not tried.remat else 1.0
-    return state + temporaries * micro * recomputed
+    return sizes[setting][0] + gradients[setting] + activations * recomputed
 
 
 def suggestions(
@@ -90,15 +98,16 @@ def suggestions(
 ) -> list[tuple[Setting, float]]:
     """(setting, predicted bytes) of those that should fit, the least costly first; the nearest where none should."""
     now = current(config, len(devices))
-    state = sum(failed.memory.get(name, 0) for name in failed.memory) - _temporaries(failed)
-    extra = state - state_bytes(shapes, config, now, devices)  # batch and padding
-    found = []
-    for setting in settings(config, len(devices)):
-        own = state_bytes(shapes, config, setting, devices) + max(extra, 0)
-        if own <= failed.limit:
-            found.append((setting, predicted(setting, now, _temporaries(failed), own)))
-    fitting = [pair for pair in found if pair[1] <= 0.95 * failed.limit]
-    return (fitting or sorted(found, key=lambda pair: pair[1]))[:most]
+    sizes = _sizes(shapes, config, now, devices)
+    possible = [s for s in sizes if s != now and sizes[s][0] <= failed.limit]
+    needs = {s: predicted(s, now, _temporaries(failed), sizes) for s in possible}
+    fitting = [s for s in possible if needs[s] <= MARGIN * failed.limit]
+    return [(s, needs[s]) for s in (fitting or sorted(possible, key=needs.get))[:most]]
+
+
+def _sizes(shapes: State, config: ConfigDict, now: Setting, devices: Sequence) -> dict[Setting, tuple[int, int]]:
+    """`state_bytes` of the present setting and of all others, the least costly first."""
+    return {s: state_bytes(shapes, config, s, devices) for s in (now, *settings(config, len(devices)))}
 
 
 def search(
@@ -121,20 +130,19 @@ def search(
       say: takes lines of progress.
       most: settings compiled at most.
     """
-    now, state = current(config, len(devices)), {}
-    for setting in settings(config, len(devices)):
-        state[setting] = state_bytes(shapes, config, setting, devices)
-    possible = [s for s in state if state[s] <= failed.limit]
-    if len(state) > len(possible):
-        say(f"{len(state) - len(possible)} settings skipped: the state alone exceeds {failed.limit / 2**30:.2f} GiB")
+    now = current(config, len(devices))
+    sizes = _sizes(shapes, config, now, devices)
+    possible = [s for s in sizes if s != now and sizes[s][0] <= failed.limit]
+    if skipped := len(sizes) - 1 - len(possible):
+        say(f"{skipped} settings skipped: their state alone exceeds {failed.limit / 2**30:.2f} GiB")
     tried, temporaries = now, _temporaries(failed)
     for _ in range(most):
         if not possible:
             return None
-        setting = _next(possible, tried, temporaries, state, failed.limit)
+        setting = _next(possible, tried, temporaries, sizes, failed.limit)
         possible.remove(setting)
         texts = overrides(config, setting, len(devices))
-        say(f"trying {' '.join(texts)}")
+        say(f"trying {shlex.join(texts)}")
         try:
             found = attempt(texts)
         except Exception as error:
@@ -149,15 +157,15 @@ def search(
     return None
 
 
-def _next(possible: Iterable[Setting], tried: Setting, temporaries: int, state: dict, limit: int) -> Setting:
+def _next(possible: Iterable[Setting], tried: Setting, temporaries: int, sizes: dict, limit: int) -> Setting:
     """The least costly setting that should fit, else the one that should need least."""
-    needs = {s: predicted(s, tried, temporaries, state[s]) for s in possible}
-    fitting = [s for s in needs if needs[s] <= 0.95 * limit]
+    needs = {s: predicted(s, tried, temporaries, sizes) for s in possible}
+    fitting = [s for s in needs if needs[s] <= MARGIN * limit]
     return fitting[0] if fitting else min(needs, key=needs.get)
 
 
 def _temporaries(measured: Measured) -> int:
-    return sum(size for name, size in measured.memory.items() if "temporaries" in name)
+    return measured.memory.get(TEMPORARIES, 0)
 
 
 def _doublings(first: int, last: int) -> list[int]:

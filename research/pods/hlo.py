@@ -18,6 +18,8 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _OPCODE = re.compile(r" ([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# Instructions that only name or group what others have made.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all"}
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -48,11 +50,14 @@ class Program(NamedTuple):
       collectives: one entry an instruction.
       cycles: the TPU compiler's estimates of its fused operations, loops multiplied out; 0 where it makes none. They
         leave out collectives and what transfers could overlap.
+      bytes: what instructions read and write in main memory, loops multiplied out; arrays that the compiler keeps in
+        the TPU's on-chip memory are left out, which XLA's own count of bytes includes.
       unknown_loops: loops whose length depends on data; counted as one iteration.
     """
 
     collectives: list[Collective]
     cycles: int
+    bytes: float
     unknown_loops: int
 
 
@@ -60,10 +65,12 @@ def parse(text: str) -> Program:
     """Reads `compiled.as_text()`."""
     computations, entry = _computations(text)
     counts, fused, unknown = _counts(computations, entry)
-    collectives, cycles = [], 0
+    collectives, cycles, moved = [], 0, 0.0
     for name, lines in computations.items():
         if not counts[name]:
             continue
+        if name not in fused:
+            moved += counts[name] * _moved(lines)
         for line in lines:
             found = _CYCLES.search(line)
             if found and name not in fused:
@@ -71,7 +78,7 @@ def parse(text: str) -> Program:
             collective = _collective(line, counts[name], name)
             if collective:
                 collectives.append(collective)
-    return Program(collectives, cycles, unknown)
+    return Program(collectives, cycles, moved, unknown)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -171,6 +178,27 @@ def _collective(line: str, count: int, computation: str) -> Collective | None:
         kind = "reduce-scatter"  # as the TPU compiler writes it: both inside one fusion
     name = re.search(r'op_name="([^"]*)"', line)
     return Collective(kind, payload, groups, count, name[1] if name else "")
+
+
+def _moved(lines: list[str]) -> float:
+    """Bytes that the instructions of one computation read and write in main memory."""
+    sizes: dict[str, float] = {}
+    total = 0.0
+    for line in lines:
+        name, _, right = line.partition(" = ")
+        opcode = _OPCODE.search(" " + right)
+        if opcode is None:
+            continue
+        kind, result = opcode[1], right[: opcode.start()]
+        if kind.endswith("-start"):  # (what it makes, its operand, a flag)
+            result = result.lstrip("( ").partition(", ")[0] if kind in ("copy-start", "slice-start") else result
+        # The layout of an array in on-chip memory ends in S(1): `bf16[8,128]{1,0:T(8,128)(2,1)S(1)}`.
+        size = sum(_payload(array) for array in re.findall(r"\w+\[[\d,]*\](?:\{[^}]*\})?", result) if "S(" not in array)
+        sizes[name.split()[-1].lstrip("%")] = size
+        if kind not in _FREE and not kind.endswith(("-done", "-update")):
+            operands = right[opcode.end() - 1 :].partition(")")[0]
+            total += size + sum(sizes.get(operand, 0.0) for operand in re.findall(r"%([\w.\-]+)", operands))
+    return total
 
 
 def _payload(shapes: str) -> float:

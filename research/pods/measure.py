@@ -20,6 +20,7 @@ FIELDS = {
     "ema": "moving averages",
     "frozen": "frozen networks",
 }
+TEMPORARIES = "activations and temporaries"
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -95,12 +96,13 @@ def measure(step: str, runner: Runner, batch: Mapping[str, jax.ShapeDtypeStruct]
             raise
         said = out_of_memory(str(error))
         peak = max(said.needed, sum(state.values()))
-        return Measured(step, state | {"temporaries": peak - sum(state.values())}, peak, said.available or limit, False)
+        return Measured(step, state | {TEMPORARIES: peak - sum(state.values())}, peak, said.available or limit, False)
     memory = _split(compiled.memory_analysis(), state)
     peak = sum(memory.values())
     mesh = runner.shapes.step.sharding.mesh
     program = hlo.parse(compiled.as_text())
     flops, read = _work(compiled.cost_analysis(), lambda: cost.macs(function, runner.shapes, batch), mesh.size)
+    read = min(read, program.bytes)
     moved = roofline.traffic(program.collectives, mesh, topology)
     times = _roofline(flops, read, sum(row.seconds for row in moved), topology, program.cycles)
     fits = peak <= limit
@@ -135,7 +137,7 @@ def _split(stats, state: dict[str, int]) -> dict[str, int]:
     return state | {
         "padding of layouts": max(stats.argument_size_in_bytes - sum(state.values()), 0),
         "outputs": stats.output_size_in_bytes - stats.alias_size_in_bytes,
-        "activations and temporaries": stats.temp_size_in_bytes,
+        TEMPORARIES: stats.temp_size_in_bytes,
         "program": stats.generated_code_size_in_bytes,
     }
 

@@ -44,7 +44,8 @@ class Roofline(NamedTuple):
       compute: FLOPs over the peak in bfloat16.
       memory: bytes of main memory over its bandwidth.
       network: all collectives, one after the other.
-      cycles: the TPU compiler's own estimate of everything but the collectives, in seconds; 0 where there is none.
+      cycles: the TPU compiler's own estimate of all but the collectives, in seconds; 0 where there is none. Where
+        it is the largest, neither arithmetic nor memory is used to the full: small, badly shaped or vector operations.
     """
 
     compute: float
@@ -54,7 +55,7 @@ class Roofline(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The step's lower bound: the slowest resource; the compiler's estimate counts where it is larger."""
+        """The step's lower bound: the slowest resource, or the compiler's estimate where that is larger."""
         return max(self.compute, self.memory, self.network, self.cycles)
 
     @property

@@ -29,7 +29,7 @@ def seconds(time: float) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     return table
 
 
@@ -90,9 +90,8 @@ def largest(state: State, most: int = 8) -> Table:
             size *= side
         rows.append((size, path, leaf))
     for size, path, leaf in sorted(rows, key=lambda row: -row[0])[:most]:
-        spec = ", ".join(str(axis or "-") for axis in leaf.sharding.spec) or "replicated"
-        if set(leaf.sharding.spec) <= {None}:
-            spec = "replicated"
+        axes = [str(axis or "-") for axis in leaf.sharding.spec]
+        spec = "replicated" if set(axes) <= {"-"} else ",".join(axes)
         table.add_row(path, leaf.dtype.name, "x".join(map(str, leaf.shape)), spec, gib(size))
     return table
 
