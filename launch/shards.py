@@ -10,6 +10,7 @@ byte for byte unless --size or --quality says otherwise. At the end every shard 
 
 import argparse
 import concurrent.futures
+import itertools
 import multiprocessing
 import os
 import signal
@@ -82,29 +83,38 @@ def _work(split: str, number: int, count: int) -> tuple[str, Done]:
     return split, convert.write_shard(opened[split], store, split, number, count, options, _count)
 
 
-def write(
-    opened: dict[str, Source], store: Store, left: list[tuple[str, int, int]], options: Options, workers: int
-) -> list[tuple[str, Done]]:
-    """Makes the shards (split, number, of how many) in worker processes; gives them in the order they were finished."""
-    total = sum(hi - lo for split, k, n in left for lo, hi in [convert.bounds(len(opened[split]), n, k)])
+Left = list[tuple[str, int, int]]  # split, number of the shard, of how many
+
+
+def write(opened: dict[str, Source], store: Store, left: Left, options: Options, workers: int) -> list[tuple]:
+    """Makes the shards, in worker processes if more than one; gives (split, Done) as they are finished."""
+    progress = Progress(sum(hi - lo for split, k, n in left for lo, hi in [convert.bounds(len(opened[split]), n, k)]))
+    try:
+        if workers > 1:
+            return _write_in_processes((opened, store, options), left, workers, progress)
+        seen = itertools.count(1)
+        tell = lambda _: progress.show(next(seen))
+        return [(split, convert.write_shard(opened[split], store, split, k, n, options, tell)) for split, k, n in left]
+    finally:
+        progress.close()
+
+
+def _write_in_processes(given: tuple, left: Left, workers: int, progress: Progress) -> list[tuple]:
     context = multiprocessing.get_context("spawn")
-    counter, progress = context.Value("q", 0), Progress(total)
-    stop = context.Event()
-    setup = ((opened, store, options), counter, stop)
-    with concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, setup) as pool:
+    counter, stop = context.Value("q", 0), context.Event()
+    finished: list[tuple[str, Done]] = []
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, _begin_worker, (given, counter, stop))
+    try:
         waiting = {pool.submit(_work, *shard) for shard in left}
-        finished: list[tuple[str, Done]] = []
-        try:
-            while waiting:
-                ready, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
-                finished += [future.result() for future in ready]
-                progress.show(counter.value)
-        except concurrent.futures.process.BrokenProcessPool:
-            raise UserError("--workers: a worker died, memory may have run out: run again with fewer") from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            progress.close()
+        while waiting:
+            ready, waiting = concurrent.futures.wait(waiting, 0.5, concurrent.futures.FIRST_COMPLETED)
+            finished += [future.result() for future in ready]
+            progress.show(counter.value)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("--workers: a worker died, memory may have run out: run again with fewer") from None
+    finally:
+        stop.set()  # after a failure or an interrupt the others need not finish their shards
+        pool.shutdown(cancel_futures=True)
     return finished
 
 
