@@ -1,0 +1,84 @@
+"""MobileNetV2's widths, endpoints and initial weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from research.backbones import create, mobilenet
+from tests.backbones import drawn
+
+SMALL = {"groups": ((1, 8, 1, 1), (6, 8, 2, 2), (2, 16, 1, 2)), "stem": 8, "head": 24, "num_classes": 5}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (4, 33, 18, 3))
+
+
+@pytest.fixture(scope="module")
+def variables(images):
+    return drawn.variables(mobilenet.build(**SMALL), images)
+
+
+@pytest.mark.parametrize("channels, width", [(3, 8), (11.2, 16), (12, 16), (24 * 1.4, 32), (160 * 1.4, 224), (16, 16)])
+def test_widths_are_multiples_of_eight_and_lose_at_most_a_tenth(channels, width):
+    assert mobilenet.round_width(channels) == width
+
+
+def test_endpoints_are_the_maps_that_distillation_taps():
+    # Shapes of the official feature list, indices 2, 5, 12 and 17 of Hao840/OFAKD's MobileNetV2.
+    shapes = jax.eval_shape(
+        lambda x: create("mobilenetv2_100").init_with_output(jax.random.key(0), x)[0][1], jnp.zeros((1, 224, 224, 3))
+    )
+    found = {name: shapes[name].shape[1:] for name in ("stage1", "stage2", "stage3", "features", "pooled")}
+    assert found == {
+        "stage1": (56, 56, 24),
+        "stage2": (28, 28, 32),
+        "stage3": (14, 14, 96),
+        "features": (7, 7, 1280),
+        "pooled": (1280,),
+    }
+    assert shapes["stage4"].shape == (1, 7, 7, 320)
+
+
+def test_odd_images_and_narrow_networks_keep_the_head(variables, images):
+    logits, endpoints = jax.jit(mobilenet.build(**SMALL).apply)(variables, images)
+    assert logits.shape == (4, 5)
+    assert {name: x.shape[1:3] for name, x in endpoints.items() if x.ndim == 4} == {
+        "stem": (17, 9),
+        "stage1": (9, 5),
+        "stage2": (5, 3),
+        "features": (5, 3),
+    }
+    half = jax.eval_shape(mobilenet.build(**SMALL, width=0.5).init, jax.random.key(0), images)["params"]
+    assert half["conv_head"]["kernel"].shape == (1, 1, 8, 24)
+
+
+def test_initial_weights_follow_the_recipe():
+    params = jax.jit(mobilenet.build(**{**SMALL, "stem": 64, "num_classes": 400}).init)(
+        jax.random.key(0), jnp.zeros((1, 8, 8, 3))
+    )["params"]
+    depthwise = params["blocks_0_0"]["conv_dw"]["kernel"]
+    assert np.std(depthwise) == pytest.approx((2 / 9) ** 0.5, rel=0.1)
+    assert np.std(params["conv_stem"]["kernel"]) == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.1)
+    assert 0.9 / 20 < np.max(np.abs(params["classifier"]["kernel"])) <= 1 / 20
+
+
+def test_training_moves_the_running_statistics_and_groups_see_only_themselves(variables, images):
+    def forward(group):
+        model = mobilenet.build(**SMALL, bn_group=group)
+        return jax.jit(lambda x: model.apply(variables, x, train=True, mutable=["batch_stats"]))
+
+    (grouped, _), updates = forward(2)(images)
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), updates["batch_stats"], variables["batch_stats"])
+    assert min(jax.tree.leaves(moved)) > 0
+    (alone, _), _ = forward(None)(images[:2])
+    np.testing.assert_allclose(grouped[:2], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_computes_in_bfloat16_near_float32(variables, images):
+    exact = jax.jit(mobilenet.build(**SMALL).apply)(variables, images)[0]
+    logits, endpoints = jax.jit(mobilenet.build(**SMALL, dtype=jnp.bfloat16).apply)(variables, images)
+    assert {logits.dtype, endpoints["stage2"].dtype} == {jnp.dtype("bfloat16")}
+    np.testing.assert_allclose(logits.astype(jnp.float32), exact, atol=0.1 * float(jnp.max(jnp.abs(exact))))
