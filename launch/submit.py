@@ -154,21 +154,35 @@ def submit(argv: Sequence[str]) -> int:
     records.check_free(given.jobs, found.name, found.workdir)
     if not given.dirty_ok and found.commit == ship.commit(root):
         ship.check_clean(root)
-    command = ["python", "-m", "launch.submit", *argv]
+    command = ["python", "-m", "launch.submit", *(text for text in argv if text != "--dry-run")]
     checks = [] if given.no_check else precheck.commands(found, plan)
-    steps = [*(plan_steps(found, plan, command) if plan else []), *engine.submit(found, options, root)]
+    steps = engine.submit(found, options, root)
+    last = [step for step in steps if isinstance(step, job.Command) and step.submits]
+    first = [step for step in steps if step not in last]
+    # The plan comes late: it would bind the folder to a sweep that does not fit.
+    last = [*(plan_steps(found, plan, command) if plan else []), *last]
     if given.dry_run:
-        print(job.describe([*checks, *steps]), end="")
+        print(job.describe([*first, *checks, *last]), end="")
         return 0
     if not found.remote:
         ship.probe(found.workdir)
+    job.carry_out(first)
     if checks:
         precheck.run(checks, root, found.commit)
-    said = job.carry_out(steps)
-    record = records.Record(
+    said = job.carry_out(last)
+    record = remember(found, given.engine, engine.identifiers(found, said), options, command)
+    records.save(given.jobs, record)
+    print(f"{found.name}: submitted as {', '.join(record.identifiers)}")
+    print(f"python -m launch.submit status {found.name}")
+    return 0
+
+
+def remember(found: job.Job, engine: str, identifiers: list[str], options: tuple, command: list[str]) -> records.Record:
+    """The record of a job that was just submitted."""
+    return records.Record(
         name=found.name,
-        engine=given.engine,
-        identifiers=engine.identifiers(found, said),
+        engine=engine,
+        identifiers=identifiers,
         topology=found.topology.name,
         config=found.config,
         workdir=found.workdir,
@@ -179,10 +193,6 @@ def submit(argv: Sequence[str]) -> int:
         options=options._asdict(),
         command=command,
     )
-    records.save(given.jobs, record)
-    print(f"{found.name}: submitted as {', '.join(record.identifiers)}")
-    print(f"python -m launch.submit status {found.name}")
-    return 0
 
 
 def ask_parser() -> argparse.ArgumentParser:

@@ -104,6 +104,7 @@ def create(job: Job, options: Options, name: str) -> Command:
         "--spot" if options.spot else None,
         f"--reservation={options.reservation}" if options.reservation else None,
         f"--command={_bootstrap(job, options, name)}",
+        submits=True,
     )
 
 

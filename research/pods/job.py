@@ -107,21 +107,28 @@ def describe(steps: Sequence[Step]) -> str:
 
 
 def carry_out(steps: Sequence[Step]) -> str:
-    """Does the steps in order; returns what the submitting command printed.
+    """Does the steps in order; returns what the submitting commands printed.
 
-    Raises UserError with the command and what it said where one fails or is not there.
+    Raises UserError with the command and what it said where one fails or is not there, and which jobs were submitted
+    before it.
     """
-    said = ""
+    said: list[str] = []
+    submitted: list[Command] = []
     for step in steps:
         if isinstance(step, Write):
             path = pathlib.Path(step.path)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(step.text)
-        elif step.submits:
-            said = output(step)
-        else:
-            output(step)
-    return said
+            continue
+        try:
+            words = output(step)
+        except UserError as error:
+            before = "".join(f"\n  already submitted: {one}" for one in submitted)
+            raise UserError(f"{error}{before}") from None
+        if step.submits:
+            submitted.append(step)
+            said.append(words)
+    return "\n".join(said)
 
 
 def output(step: Command) -> str:

@@ -97,7 +97,7 @@ def upload(root: pathlib.Path, job: Job) -> list[Step]:
     return [
         command("mkdir", "-p", job.staging),
         archive(root, job.commit, local),
-        command("gcloud", "storage", "cp", "--no-user-output-enabled", local, packed),
+        command("gcloud", "storage", "cp", local, packed),
     ]
 
 
@@ -107,7 +107,7 @@ def place(job: Job, name: str, text: str) -> list[Step]:
     if not job.remote:
         return [Write(target, text)]
     local = f"{job.staging}/{job.name}/{name}"
-    return [Write(local, text), command("gcloud", "storage", "cp", "--no-user-output-enabled", local, target)]
+    return [Write(local, text), command("gcloud", "storage", "cp", local, target)]
 
 
 def probe(workdir: str | os.PathLike) -> None:

@@ -42,6 +42,9 @@ def check(job: Job, options: Options) -> None:
     limit = seconds(options.time) if options.time else None
     if limit is not None and limit <= options.grace:
         raise UserError(f"--time {options.time}: not longer than --grace {options.grace}, the seconds to save in")
+    port = options.coordinator.partition(":")[2]
+    if port and (not port.isdecimal() or job.parallel > 1):
+        raise UserError(f"--coordinator {options.coordinator}: give the host alone; each job then takes its own port")
     for text in (job.workdir, options.partition, options.account, *options.sbatch):
         if "\n" in text or '"' in text:
             raise UserError(f"{text!r}: quotes and line breaks cannot stand in a batch script's options")

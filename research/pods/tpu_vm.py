@@ -78,6 +78,7 @@ def create(job: Job, options: Options, name: str) -> Command:
         f"--service-account={options.service_account}" if options.service_account else None,
         f"--network={options.network}" if options.network else None,
         f"--metadata-from-file=startup-script={job.staging}/{job.name}/jobs/{name}.sh",
+        submits=True,
     )
 
 
@@ -97,7 +98,7 @@ log=/var/log/stillroom.log
 exec > >(tee -a "$log") 2>&1
 export HOME=/root PYTHONUNBUFFERED=1 PIP_BREAK_SYSTEM_PACKAGES=1
 ulimit -n 1048576
-upload_log() { gcloud storage cp --no-user-output-enabled "$log" "$work/logs/$name-$slice-$worker.log"; }
+upload_log() { gcloud storage cp "$log" "$work/logs/$name-$slice-$worker.log"; }
 state() { gcloud storage cat "$work/jobs/$name.state" 2>/dev/null; }
 end() {  # the word for the others; the first worker gives the machines back
   case "$(state)" in submitted|"") echo "$1" | gcloud storage cp - "$work/jobs/$name.state" ;; esac
@@ -114,7 +115,7 @@ echo "$(date -Is) slice $slice, worker $worker: start"
 code=/opt/stillroom/$commit
 if [ ! -f "$code/.ready" ]; then
   mkdir -p "$code" && cd "$code" || end "failed: cannot make $code"
-  retry gcloud storage cp --no-user-output-enabled "$work/code/$commit.tar.gz" code.tar.gz \\
+  retry gcloud storage cp "$work/code/$commit.tar.gz" code.tar.gz \\
     || end "failed: cannot fetch the code"
   tar -xzf code.tar.gz || end "failed: cannot unpack the code"
   retry python3 -m pip install --quiet uv || end "failed: cannot install uv"

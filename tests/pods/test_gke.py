@@ -10,6 +10,7 @@ import pytest
 
 from research.core.errors import UserError
 from research.pods import chips, gke, job, ship
+from research.pods.records import Record
 from tests.pods import make
 
 OPTIONS = gke.Options(cluster="c", image="i:1", project="p", zone="us-west4-b")
@@ -122,6 +123,14 @@ def test_xpk_makes_the_manifest_of_the_golden_file(xpk, golden, tmp_path, topolo
     if os.environ.get("STILLROOM_GOLDEN"):
         expected.write_text(file.read_text())
     assert file.read_text() == expected.read_text()
+
+
+def test_xpk_takes_the_questions(xpk, tmp_path):
+    options = json.loads(json.dumps(OPTIONS._asdict()))
+    record = Record("kd", "gke", ["kd"], "v5e:4x4", "c", "gs://b/w", ["gs://b/w"], 0, "", "", options, [])
+    for number, question in enumerate((*gke.status(record, "kd"), gke.cancel(record, "kd"))):
+        done = run([xpk, *question.arguments[1:], "--dry-run", "--skip-validation"], tmp_path / f"home{number}")
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_xpk_knows_every_tpu_that_we_offer(xpk, tmp_path):

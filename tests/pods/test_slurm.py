@@ -126,6 +126,7 @@ def test_time_limits_are_read_as_slurm_reads_them(text, seconds):
         ("cpu:1x2", "gs://b/w", {}, "share a folder"),
         ("cpu:1x2", "/w", {"time": "5"}, "not longer than --grace 300"),
         ("cpu:1x2", "/w", {"time": "1h"}, "--time '1h'"),
+        ("cpu:1x2", "/w", {"coordinator": "h:x"}, "give the host alone"),
         ("cpu:1x2", '/w"', {}, "quotes"),
         ("cpu:1x2", "/w", {"sbatch": ("exclusive",)}, "--sbatch=--exclusive"),
     ],
