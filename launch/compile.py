@@ -243,7 +243,7 @@ def main(argv: list[str]) -> int:
             applied, result = found
             if not options.json:
                 console.print(tables.page(topology, result.measured, result.summaries, result.prepared.runner.shapes))
-    summary = {"fits": result.fits, "topology": topology.name, "chips": topology.chips, "hosts": topology.hosts}
+    summary = {"topology": topology.name, "chips": topology.chips, "hosts": topology.hosts}
     summary |= result.summaries["train"] | {"fits": result.fits, "steps": result.summaries, "suggestions": advice}
     summary["overrides"] = applied
     if options.compare:

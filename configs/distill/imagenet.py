@@ -79,7 +79,7 @@ def config(arg: str, student: str, recipe_name: str, **options) -> ConfigDict:
     shared = dict(
         dtype="float32" if chosen.smoke else "bfloat16",
         smoothing=0.1 if recipe_name == "a1" else 0.0,
-        options={"drop_path": 0.05, **options, **small[student]},
+        options={"drop_path": 0.05, "remat": False, **options, **small[student]},
         group=SHARE,
     )
     names = chosen.arms.split("+")

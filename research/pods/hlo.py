@@ -34,6 +34,7 @@ class Collective(NamedTuple):
         (source, target) pairs. None where all devices do, or the notation is not known.
       count: executions a step.
       name: the operation of the model it comes from.
+      network: it joins the slices of a TPU pod; such an instruction is a transfer to the host, and has no groups.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Collective(NamedTuple):
     groups: np.ndarray | None
     count: int
     name: str
+    network: bool = False
 
 
 class Program(NamedTuple):
@@ -161,6 +163,8 @@ def _collective(line: str, count: int, computation: str) -> Collective | None:
     opcode = _OPCODE.search(" " + right) if equals else None
     if opcode is None:
         return None
+    if opcode[1] == "send":
+        return _between_slices(line, right[: opcode.start()], count)
     kind = opcode[1].removesuffix("-start")
     if kind not in KINDS:
         return None
@@ -178,6 +182,17 @@ def _collective(line: str, count: int, computation: str) -> Collective | None:
         kind = "reduce-scatter"  # as the TPU compiler writes it: both inside one fusion
     name = re.search(r'op_name="([^"]*)"', line)
     return Collective(kind, payload, groups, count, name[1] if name else "")
+
+
+def _between_slices(line: str, result: str, count: int) -> Collective | None:
+    """What the TPU compiler makes of the part of a collective that crosses slices: a send to the host's transport."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    if found is None:
+        return None
+    kind = "collective-permute" if found[1] == "ONE_TO_ONE" else found[1].lower().replace("_", "-")
+    name = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', line)
+    array = _SHAPE.search(result)  # (what is sent, a flag, a token)
+    return Collective(kind, _payload(array[0]) if array else 0.0, None, count, name[1] if name else "", True)
 
 
 def _moved(lines: list[str]) -> float:

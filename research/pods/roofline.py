@@ -75,16 +75,31 @@ def traffic(collectives: Sequence[Collective], mesh: jax.sharding.Mesh, topology
     sums: dict[tuple[str, str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     devices = mesh.devices.reshape(-1)
     for one in collectives:
+        if one.network:
+            _add(sums[one.kind, "slices", True], one, between_slices(one, topology))
+            continue
         groups = np.arange(devices.size)[None] if one.groups is None else one.groups
         pairs = one.kind == "collective-permute"
         if groups.shape[-1] == 1:
             continue  # nothing leaves the device
         crosses = len({slice_of(devices[i], topology) for i in groups[0]}) > 1
-        total = sums[one.kind, axis_name(groups, mesh, pairs=pairs), crosses]
-        for i, value in enumerate((one.count, one.count * one.bytes, one.count * seconds(one, devices, topology))):
-            total[i] += value
+        _add(sums[one.kind, axis_name(groups, mesh, pairs=pairs), crosses], one, seconds(one, devices, topology))
     rows = [Traffic(kind, axis, int(n), size, time, net) for (kind, axis, net), (n, size, time) in sums.items()]
     return sorted(rows, key=lambda row: -row.seconds)
+
+
+def _add(total: list[float], one: Collective, time: float) -> None:
+    for i, value in enumerate((1, one.bytes, time)):
+        total[i] += one.count * value
+
+
+def between_slices(one: Collective, topology: Topology) -> float:
+    """Time of one transfer between slices: the chips of a host share its network."""
+    others = (topology.slices - 1) / topology.slices
+    share = 1.0 if one.kind == "collective-permute" else _PASSES.get(one.kind, 1.0) * others
+    return (
+        one.bytes * share * topology.chips_per_host * topology.chip.devices_per_chip / topology.chip.network_bandwidth
+    )
 
 
 def axis_name(groups: np.ndarray, mesh: jax.sharding.Mesh, *, pairs: bool = False) -> str:

@@ -141,6 +141,7 @@ def summary(one: Measured, examples: int, model_flops: float, topology: Topology
     `examples` a step and `model_flops` (what the model's mathematics needs) are of all devices.
     """
     found: dict[str, Any] = {"fits": one.fits, "peak_bytes": one.peak, "hbm_bytes": one.limit, "memory": one.memory}
+    found["examples"] = examples
     if one.times is None:
         return found | {"step_seconds": None, "mfu": None, "examples_per_second": None}
     times = one.times

@@ -130,6 +130,21 @@ def test_the_tpu_compilers_text():
     assert program.unknown_loops == 0
 
 
+def test_transfers_between_slices():
+    send = (
+        "  %s = (f32[8,128]{1,0:T(8,128)}, u32[], token[]) send(%x, %t), channel_id=3, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",'
+        '_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    program = hlo.parse(f"ENTRY %main (x: f32[8,128]) -> f32[8,128] {{\n{send}\n}}\n")
+    assert program.collectives == [hlo.Collective("all-reduce", 4096.0, None, 1, "all-reduce.1_0", True)]
+    topology = chips.parse("v5e:2x4*2")
+    mesh = sharding.mesh({"data": 8})
+    (row,) = roofline.traffic(program.collectives, mesh, topology)
+    assert (row.axis, row.network) == ("slices", True)
+    assert row.seconds == pytest.approx(4096 * 8 / 25e9)  # eight chips share a host; of two slices each sends once
+
+
 @pytest.mark.parametrize(
     "text, groups",
     [
