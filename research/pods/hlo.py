@@ -6,7 +6,7 @@ TPU counts a body once, hence this reader.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -55,19 +55,21 @@ class Program(NamedTuple):
       bytes: what instructions read and write in main memory, loops multiplied out; arrays that the compiler keeps in
         the TPU's on-chip memory are left out, which XLA's own count of bytes includes.
       unknown_loops: loops whose length depends on data; counted as one iteration.
+      places: the cycles by place in the source, numbers of layers as `*`: {"jvp(ViT)/blocks_*/attn": 12345}.
     """
 
     collectives: list[Collective]
     cycles: int
     bytes: float
     unknown_loops: int
+    places: dict[str, int]
 
 
 def parse(text: str) -> Program:
     """Reads `compiled.as_text()`."""
     computations, entry = _computations(text)
     counts, fused, unknown = _counts(computations, entry)
-    collectives, cycles, moved = [], 0, 0.0
+    collectives, places, moved = [], Counter(), 0.0
     for name, lines in computations.items():
         if not counts[name]:
             continue
@@ -76,11 +78,18 @@ def parse(text: str) -> Program:
         for line in lines:
             found = _CYCLES.search(line)
             if found and name not in fused:
-                cycles += int(found[1]) * counts[name]
+                places[_place(line)] += int(found[1]) * counts[name]
             collective = _collective(line, counts[name], name)
             if collective:
                 collectives.append(collective)
-    return Program(collectives, cycles, moved, unknown)
+    return Program(collectives, places.total(), moved, unknown, dict(places.most_common()))
+
+
+def _place(line: str) -> str:
+    """`jit(step)/jvp(ViT)/blocks_3/attn/dot_general` as `jvp(ViT)/blocks_*/attn`."""
+    name = re.search(r'op_name="([^"]*)"', line)
+    parts = name[1].split("/") if name else []
+    return re.sub(r"\d+", "*", "/".join(parts[1:4] if len(parts) < 5 else parts[1:-1][:3])) or "other"
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -36,6 +36,7 @@ class Measured(NamedTuple):
       flops, bytes: work and memory traffic of one execution, loops counted in full; 0 where compilation failed.
       times, traffic: see research.pods.roofline; None and () where compilation failed.
       unknown_loops: loops whose length depends on data, counted once.
+      places: the compiler's estimate of cycles by place in the source, the largest first; {} where there is none.
       complete: False for GPUs, where temporaries and collectives are not known.
       compiled: the program; None where there is none.
     """
@@ -52,6 +53,7 @@ class Measured(NamedTuple):
     unknown_loops: int = 0
     complete: bool = True
     compiled: Any = None
+    places: Mapping[str, int] = {}
 
     @property
     def intensity(self) -> float:
@@ -106,9 +108,8 @@ def measure(step: str, runner: Runner, batch: Mapping[str, jax.ShapeDtypeStruct]
     moved = roofline.traffic(program.collectives, mesh, topology)
     times = _roofline(flops, read, sum(row.seconds for row in moved), topology, program.cycles)
     fits = peak <= limit
-    return Measured(
-        step, memory, peak, limit, fits, flops, read, times, tuple(moved), program.unknown_loops, True, compiled
-    )
+    moved, loops = tuple(moved), program.unknown_loops
+    return Measured(step, memory, peak, limit, fits, flops, read, times, moved, loops, True, compiled, program.places)
 
 
 def is_oom(error: Exception) -> bool:

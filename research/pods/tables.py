@@ -79,6 +79,14 @@ def traffic(step: str, one: Measured, most: int = 12) -> Table:
     return table
 
 
+def places(step: str, one: Measured, most: int = 8) -> Table:
+    """Where the compiler expects the time to go."""
+    table = _table(f"Operations of the {step} step, by the compiler's cycles", "place in the source", "share")
+    for name, cycles in list(one.places.items())[:most]:
+        table.add_row(name, f"{cycles / sum(one.places.values()):.1%}")
+    return table
+
+
 def largest(state: State, most: int = 8) -> Table:
     """The largest arrays of a state and how they are laid out."""
     table = _table("Largest arrays", "array", "dtype", "shape", "sharding", "on a device")
@@ -123,6 +131,7 @@ def page(topology: Topology, found: Mapping[str, Measured], summaries: Mapping[s
     if any(one.times for one in found.values()):
         parts.append(work(found, summaries))
     parts += [traffic(step, one) for step, one in found.items() if one.times]
+    parts += [places(step, one) for step, one in found.items() if one.places]
     parts.append(largest(state))
     loops = sum(one.unknown_loops for one in found.values())
     if loops:
@@ -158,6 +167,7 @@ def summary(one: Measured, examples: int, model_flops: float, topology: Topology
         "flops": one.flops,
         "bytes": one.bytes,
         "collectives": [row._asdict() for row in one.traffic],
+        "places": dict(list(one.places.items())[:20]),
         "unknown_loops": one.unknown_loops,
         "complete": one.complete,
     }

@@ -105,7 +105,7 @@ HloModule jit_f, is_scheduled=true
 
 %body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %x = f32[8,128]{1,0:T(8,128)} get-tuple-element(%p), index=1
-  %f = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %f = f32[8,128]{1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/jvp(V)/b_3/attn/add"}, backend_config={"estimated_cycles":"100"}
   %s = f32[2,128]{1,0:T(8,128)} fusion(%f), kind=kCustom, calls=%all-reduce-scatter
   %g = (f32[2,128]{1,0}, f32[8,128]{1,0}) all-gather-start(%s), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
   %h = f32[8,128]{1,0:T(8,128)} all-gather-done(%g)
@@ -118,7 +118,7 @@ ENTRY %main (a: f32[8,128]) -> f32[8,128] {
   %n = f32[8,128]{1,0} collective-permute-done(%m)
   ROOT %o = f32[8,128]{1,0} fusion(%n), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"5"}
 }
-"""
+"""  # noqa: E501
 
 
 def test_the_tpu_compilers_text():
@@ -126,6 +126,7 @@ def test_the_tpu_compilers_text():
     found = {one.kind: (one.count, one.bytes) for one in program.collectives}
     whole = 8 * 128 * 4
     assert found == {"reduce-scatter": (7, whole), "all-gather": (7, whole), "collective-permute": (1, whole)}
+    assert program.places == {"jvp(V)/b_*/attn": 700, "other": 5}
     assert program.cycles == 7 * 100 + 5  # what a fusion holds is in the fusion's own estimate
     assert program.unknown_loops == 0
 
