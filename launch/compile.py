@@ -8,18 +8,20 @@ Neither data nor a teacher's weights are needed. Exit status: 0 fits, 3 out of m
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -114,17 +116,9 @@ def prepare(config: ConfigDict, devices: list[jax.Device], examples: int = 0) ->
     experiment = train.build(resolved, data)
     p = resolved.parallel
     bound = runner.build(experiment, mode=p.mode, axes=p.axes, rules=p.rules, devices=devices)
-    _check_batches(resolved, bound.devices)
+    train.check_batches(resolved, bound.devices)
     rows = sharding.batch_sharding(bound.shapes.step.sharding.mesh)
     return Prepared(resolved, experiment, bound, {step: batch_shapes(resolved, step, rows) for step in aot.STEPS})
-
-
-def _check_batches(config: ConfigDict, devices: int) -> None:
-    shares = {"batch_size": devices * config.parallel.accumulate, "eval.batch_size": devices}
-    for key, share in shares.items():
-        size = configs.get(config, key)
-        if size % share:
-            raise UserError(f"{key}: {size} is not divisible by {share}, devices times micro-batches")
 
 
 def model_flops(experiment: Experiment, config: ConfigDict, step: str) -> float:
@@ -232,13 +226,15 @@ def main(argv: list[str]) -> int:
         return prepare(configs.load(name, [*overrides, *more]), devices, options.examples)
 
     say(f"{options.config} on {topology.name}: {topology.chips} chips, {topology.hosts} hosts")
-    result = compile_config(load(), topology, steps, say)
+    with _fresh(bool(options.save)):
+        result = compile_config(load(), topology, steps, say)
     page = tables.page(topology, result.measured, result.summaries, result.prepared.runner.shapes)
     advice, applied = suggest(result, devices), []
     if not options.json:
         console.print(page)
     if options.fit and not result.fits:
-        found = find_fit(load, result, topology, devices, steps, say)
+        with _fresh(bool(options.save)):
+            found = find_fit(load, result, topology, devices, steps, say)
         if found:
             applied, result = found
             if not options.json:
@@ -260,6 +256,19 @@ def main(argv: list[str]) -> int:
     if options.json:
         print(json.dumps(summary))
     return FITS if result.fits else OUT_OF_MEMORY
+
+
+@contextlib.contextmanager
+def _fresh(wanted: bool) -> Iterator[None]:
+    """No compilation cache: what XLA:CPU takes from there cannot be written again."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", before and not wanted)
+    compilation_cache.reset_cache()  # forgets that it found the cache in use
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _verdict(result: Result, advice: list[str], applied: list[str], say: Callable[[str], None]) -> None:

@@ -28,6 +28,7 @@ from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
 from research.core.watchdog import Watchdog
 from research.data import pipeline, sources, transforms
+from research.pods import aot
 from research.port import checkpoint
 
 LOG = logging.getLogger(__name__)
@@ -146,12 +147,15 @@ def train_teacher(config: ConfigDict) -> None:
     run(configs.load(t.recipe, [f"--config.data.{key}={config.data[key]}" for key in ("kind", "path")]), t.workdir)
 
 
-def run(config: ConfigDict, workdir: str | os.PathLike, *, steps: profile.Steps | None = None) -> dict[str, float]:
+def run(
+    config: ConfigDict, workdir: str | os.PathLike, *, executable: str = "", steps: profile.Steps | None = None
+) -> dict[str, float]:
     """Trains a config in a run folder, or resumes it there; returns the last evaluation's metrics.
 
     Args:
       config: from `configs.load`.
       workdir: local or gs://.
+      executable: file of compiled steps, see launch.compile --save.
       steps: to profile, counted from this start.
     """
     workdir = storage.folder(workdir)
@@ -159,9 +163,11 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, steps: profile.Steps 
     resolved = with_teacher(resolve(config, data), workdir)
     experiment = build(resolved, data)
     bound = bind(experiment, resolved)
-    _check_batches(resolved, bound.devices)
+    check_batches(resolved, bound.devices)
     if steps and steps.last > resolved.steps:
         raise UserError(f"--profile: the run has {resolved.steps} steps, so there is no step {steps.last}")
+    if executable:
+        bound = aot.load(executable, bound, resolved)
     configs.claim(workdir, config)  # whatever is wrong with the config was found before the folder is made
     train_teacher(resolved)
     environment.write(workdir)
@@ -198,7 +204,8 @@ def run(config: ConfigDict, workdir: str | os.PathLike, *, steps: profile.Steps 
     return results
 
 
-def _check_batches(config: ConfigDict, devices: int) -> None:
+def check_batches(config: ConfigDict, devices: int) -> None:
+    """Raises UserError where the batches of a resolved config cannot be split over so many devices."""
     parts = {"batch_size": devices * config.parallel.accumulate, "eval.batch_size": devices}
     for key, shares in parts.items():
         size = configs.get(config, key)
@@ -240,6 +247,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--config", required=True, help="config file, with its argument after a colon")
     found.add_argument("--workdir", default="", help="run folder; runs/<config's name> by default")
+    found.add_argument("--executable", default="", metavar="FILE", help="steps compiled by launch.compile --save")
     found.add_argument("--profile", metavar="FIRST:LAST", help="trace these steps of this start into WORKDIR/profile")
     found.add_argument("--distributed", action="store_true", help="one of several processes: find the others first")
     return found
@@ -256,7 +264,8 @@ def main(argv: list[str]) -> int:
         cluster.join()
     path, _, arg = options.config.partition(":")
     workdir = options.workdir or pathlib.Path("runs") / f"{pathlib.Path(path).stem}{'-' * bool(arg)}{arg}"
-    run(config, workdir, steps=profile.parse(options.profile) if options.profile else None)
+    steps = profile.parse(options.profile) if options.profile else None
+    run(config, workdir, executable=options.executable, steps=steps)
     return 0
 
 

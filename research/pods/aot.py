@@ -17,7 +17,7 @@ from jax.experimental import serialize_executable
 from ml_collections import ConfigDict
 
 from research.core import config as configs
-from research.core import sharding
+from research.core import sharding, storage
 from research.core.errors import UserError
 from research.core.runner import Runner
 
@@ -94,7 +94,8 @@ def describe(runner: Runner, config: ConfigDict) -> dict[str, Any]:
             "processes": len({d.process_index for d in devices}),
             "slices": len({getattr(d, "slice_index", None) for d in devices}),
             "mesh": dict(mesh.shape),
-            "order": [d.id for d in devices],
+            # Where each position of the mesh is on the torus, which numbers of devices need not tell.
+            "order": [[*d.coords, d.core_on_chip] if hasattr(d, "coords") else d.id for d in devices],
         },
         "config": configs.plain(config),
         "state": {
@@ -143,7 +144,7 @@ def _short(value: Any) -> str:
 
 
 def _read(file: str | os.PathLike) -> tuple[dict, dict[str, bytes]]:
-    with open(file, "rb") as source:
+    with storage.folder(file).open("rb") as source:
         if source.readline(len(MAGIC)) != MAGIC:
             raise UserError(f"{file}: not an executable that launch.compile --save wrote")
         try:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from launch import compile as compile_ahead
 from launch import evaluate, train
 from research.core import config as configs
 from research.core import writers
@@ -188,3 +189,13 @@ def test_profile_writes_a_trace_and_a_summary(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
     assert run(tmp_path / "b", "--profile=2:3") == 0
     assert (tmp_path / "b" / "profile" / "summary.txt").read_text().startswith("2 steps,")
+
+
+def test_compiled_steps_are_loaded_and_give_the_same_weights(trained, tmp_path, capsys):
+    file = tmp_path / "tiny.exe"
+    assert compile_ahead.main(["--config", CONFIG, "--topology", "cpu:8", "--save", str(file)]) == 0
+    assert run(tmp_path / "run", "--executable", str(file)) == 0
+    names = [folder / "weights" / "small.safetensors" for folder in (trained, tmp_path / "run")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    line = refused(capsys, run(tmp_path / "other", "--executable", str(file), "--config.optimizer.lr=0.5"))
+    assert "config.optimizer.lr: 0.001 -> 0.5" in line

@@ -111,13 +111,14 @@ class Onebox:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """Kills everything of a node at once, as a power cut would: its daemon, its steps and their processes."""
+        """Kills everything of a node at once, as a power cut would, and waits until SLURM has noticed."""
         tasks = [p for p in psutil.process_iter() if _of(p, node)]
         keepers = {p.ppid() for p in tasks} - {os.getpid(), 1}
         self._daemons[node].kill()
         for number in keepers | {p.pid for p in tasks}:
             os.kill(number, signal.SIGKILL)
         self._daemons[node].wait()
+        wait(lambda: "down" in self.run("sinfo", "-h", "-n", node, "-o", "%t"), 120, f"{node} to be found down")
 
     def _steps(self) -> list[psutil.Process]:
         return [p for p in psutil.process_iter() if any(_of(p, node) for node in NODES)]
