@@ -4,6 +4,7 @@ Needs `slurmctld`, `slurmd` and the client commands (Debian: slurmctld slurmd sl
 authentication, accounting or cgroups: what is tested is scheduling, signals, requeueing and the loss of a node.
 """
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -85,7 +86,7 @@ class Onebox:
     def __exit__(self, *_) -> None:
         if "ctld" in self._daemons:
             subprocess.run(["scancel", "--user=root"], env=self.env, capture_output=True)
-            wait(lambda: not self._steps(), 60, "jobs to end")
+            wait(lambda: not self._processes(*NODES), 60, "jobs to end")
         for daemon in self._daemons.values():
             daemon.kill()
             daemon.wait()
@@ -104,15 +105,19 @@ class Onebox:
 
     def release(self, job: str) -> None:
         """Starts a requeued job now: SLURM holds it back for two minutes, for daemons that lag."""
-        wait(lambda: self.state(job) == "PENDING", 60, "the job to be queued again")
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        def started() -> bool:
+            if self.state(job) == "PENDING":  # the delay is set when the last process has gone, maybe after this
+                self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+            return self.restarts(job) > 0 and self.state(job) in ("RUNNING", "COMPLETED")
+
+        wait(started, 120, f"job {job} to run again")
 
     def start_node(self, node: str) -> None:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
         """Kills everything of a node at once, as a power cut would, and waits until SLURM has noticed."""
-        tasks = [p for p in psutil.process_iter() if _of(p, node)]
+        tasks = self._processes(node)
         keepers = {p.ppid() for p in tasks} - {os.getpid(), 1}
         self._daemons[node].kill()
         for number in keepers | {p.pid for p in tasks}:
@@ -120,21 +125,21 @@ class Onebox:
         self._daemons[node].wait()
         wait(lambda: "down" in self.run("sinfo", "-h", "-n", node, "-o", "%t"), 120, f"{node} to be found down")
 
-    def _steps(self) -> list[psutil.Process]:
-        return [p for p in psutil.process_iter() if any(_of(p, node) for node in NODES)]
+    def _processes(self, *nodes: str) -> list[psutil.Process]:
+        """What jobs of this cluster run on some of its nodes."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                env = process.environ()
+                own = env.get("SLURM_CONF", "").startswith(str(self.root))
+                if own and env.get("SLURMD_NODENAME") in nodes:
+                    found.append(process)
+        return found
 
     def _start(self, name: str, *command: str) -> None:
         with (self.root / f"{name}.log").open("a") as log:
             words = [*command, "-f", str(self.root / "slurm.conf")]
             self._daemons[name] = subprocess.Popen(words, env=self.env, stdout=log, stderr=subprocess.STDOUT)
-
-
-def _of(process: psutil.Process, node: str) -> bool:
-    """Whether a process was started by a job on `node`."""
-    try:
-        return process.environ().get("SLURMD_NODENAME") == node
-    except psutil.Error:
-        return False
 
 
 def _free(count: int) -> int:

@@ -22,7 +22,8 @@ GCLOUD = """
 CURL = """
     case "$*" in
       *agent-worker-number*) echo "${WORKER:-0}" ;;
-      *tpu-env*) printf "ACCELERATOR_TYPE: 'v5litepod-16'\\nMEGASCALE_SLICE_ID: '1'\\n" | head -n "${LINES_OF_ENV:-1}" ;;
+      *tpu-env*)
+        printf "ACCELERATOR_TYPE: 'v5litepod-16'\\nMEGASCALE_SLICE_ID: '1'\\n" | head -n "${LINES_OF_ENV:-1}" ;;
       *preempted*) exit 22 ;;
     esac
 """
