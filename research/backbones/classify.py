@@ -51,12 +51,24 @@ class Network(NamedTuple):
         return logits.astype(jnp.float32), endpoints, {**model_state, **new}
 
 
-def network(name: str, num_classes: int, size: int, *, dtype: str = "float32", **options) -> Network:
-    """The Network of variant `name` with its own normalisation; options go to the module's constructor."""
+def network(
+    name: str,
+    num_classes: int,
+    size: int,
+    *,
+    dtype: str = "float32",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    **options,
+) -> Network:
+    """The Network of variant `name`; options go to the module's constructor.
+
+    `mean` and `std` replace the normalisation of the published weights, for weights trained on other images.
+    """
     spec = backbones.input_spec(name)
     options = {k: v for k, v in options.items() if v is not None}
     module = backbones.create(name, num_classes=num_classes, dtype=jnp.dtype(dtype), **options)
-    return Network(name, module, spec.mean, spec.std, size)
+    return Network(name, module, mean or spec.mean, std or spec.std, size)
 
 
 def unit(images: jax.Array) -> jax.Array:

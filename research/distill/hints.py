@@ -23,7 +23,8 @@ class Hint(NamedTuple):
       init: (key, student, teacher) -> (params, state). Endpoints may be shapes: run it under `jax.eval_shape` or jit.
       apply: (params, state, student, teacher, *, labels=None, index=None, key=None, epoch=0) -> (loss, state).
         The loss is a scalar, the mean over the batch, unweighted. `labels` (B,) or (B, C), `index` (B,) the examples'
-        positions in the training set, `key` the step's randomness, `epoch` a scalar that may be traced.
+        positions in the training set, `key` the step's randomness, `epoch` a scalar that may be traced. Endpoints
+        include the `logits`.
     """
 
     init: Callable[..., tuple[Any, Any]]

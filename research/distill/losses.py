@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-from research.distill import ground_truth, hints, logits
+from research.distill import ground_truth, hints, logits, ofa
 
 # loss(student, teacher, labels=None, **options) -> (B,), or a scalar where it relates the examples to each other.
 LOSSES: dict[str, Callable] = {
@@ -13,6 +13,7 @@ LOSSES: dict[str, Callable] = {
     "bkd": logits.bkd,
     "dkd": logits.dkd,
     "dist": logits.dist,
+    "ofa": ofa.ofa,
 }
 # Those of LOSSES that return a scalar: the caller chooses their batch, `research.core.scope.by_group`.
 RELATIONAL = frozenset({"dist"})
@@ -25,6 +26,7 @@ HINTS: dict[str, Callable[..., hints.Hint]] = {
     "rkd": hints.rkd,
     "crd": hints.crd,
     "review": hints.review,
+    "ofa": ofa.hint,
 }
 
 

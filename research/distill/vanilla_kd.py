@@ -156,7 +156,7 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         if teacher is not None:
             fixed = context.frozen
             known, taught, _ = teacher.apply(fixed["params"], fixed["model_state"], images)
-            known, taught = jax.lax.stop_gradient((known, taught))
+            known, taught = jax.lax.stop_gradient((known, {**taught, "logits": known}))
         total, new, metrics = 0.0, {}, {}
         for name, arm in arms.items():
             y = targets[arm.smoothing]
@@ -169,7 +169,8 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
             if arm.hint:
                 epoch = (context.step // config.steps_per_epoch).astype(jnp.float32)
                 extra = {"labels": y, "index": batch["index"], "key": hint_key, "epoch": epoch}
-                hinted, adaptor = arm.hint.apply(own["adaptor"], old["adaptor"], endpoints, taught, **extra)
+                seen = {**endpoints, "logits": logits}
+                hinted, adaptor = arm.hint.apply(own["adaptor"], old["adaptor"], seen, taught, **extra)
                 value = value + arm.hint_weight * hinted
             new[name] = {"model": state, "adaptor": adaptor}
             metrics[f"{name}/loss"] = engine.scalar(value)
@@ -244,7 +245,8 @@ def _init_hint(arm: Arm, teacher: classify.Network | None, key):
 
     def endpoints(network):
         images = jax.ShapeDtypeStruct((2, network.size, network.size, 3), jnp.float32)
-        return jax.eval_shape(lambda images: network.apply(*network.init(key), images)[1], images)
+        logits, found, _ = jax.eval_shape(lambda images: network.apply(*network.init(key), images), images)
+        return {**found, "logits": logits}
 
     return arm.hint.init(key, endpoints(arm.network), endpoints(teacher))
 

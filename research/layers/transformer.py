@@ -30,6 +30,7 @@ class Block(nn.Module):
       window: (rows, columns) of the tokens for a bias by relative position, class token first; None for no bias.
       init_values: initial layer scale of both branches, None for no layer scale.
       drop_path: rate of stochastic depth.
+      epsilon: of both norms.
       out_init: initialiser of the layers that write to the residual stream.
     """
 
@@ -40,6 +41,7 @@ class Block(nn.Module):
     window: tuple[int, int] | None = None
     init_values: float | None = None
     drop_path: float = 0.0
+    epsilon: float = 1e-6
     out_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
 
@@ -52,7 +54,7 @@ class Block(nn.Module):
         if self.window is not None:
             bias = RelativePositionBias(self.window, self.num_heads, class_token=True, name="position")()
 
-        y = attn(LayerNorm(dtype=self.dtype, name="norm1")(x), bias)
+        y = attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x), bias)
         x = x + DropPath(self.drop_path)(layer_scale(self, "gamma_1", y, self.init_values), train)
-        y = mlp(LayerNorm(dtype=self.dtype, name="norm2")(x))
+        y = mlp(LayerNorm(self.epsilon, self.dtype, name="norm2")(x))
         return x + DropPath(self.drop_path)(layer_scale(self, "gamma_2", y, self.init_values), train)

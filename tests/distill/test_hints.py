@@ -26,7 +26,7 @@ def endpoints(widths, sides, preact=False, seed=0):
 
 
 STUDENT = endpoints((3, 6), (4, 2), preact=True, seed=1)
-TEACHER = endpoints((4, 7), (4, 2), seed=2)
+TEACHER = endpoints((4, 7), (4, 2), seed=2) | {"logits": jnp.asarray(RNG.normal(size=(B, 5)), jnp.float32)}
 INDEX = jnp.asarray(RNG.permutation(N)[:B], jnp.int32)
 OPTIONS = {
     "fitnet": {},
@@ -34,6 +34,7 @@ OPTIONS = {
     "rkd": {},
     "crd": {"num_examples": N, "classes": np.arange(N) % 3, "dim": 4, "negatives": 6},
     "review": {"max_mid": 5, "warmup_epochs": 0},
+    "ofa": {"stages": (1, 2)},
 }
 
 
@@ -48,7 +49,8 @@ def state_of(name):
 
 def gradient(hint, params, state, student, teacher, index):
     def loss(params, student):
-        return hint.apply(params, state, student, teacher, index=index, key=jax.random.key(3), epoch=2)
+        extra = {"labels": index % 5, "index": index, "key": jax.random.key(3), "epoch": 2}
+        return hint.apply(params, state, student, teacher, **extra)
 
     return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, student)
 
@@ -100,7 +102,8 @@ def test_init_needs_shapes_only(name):
 @pytest.mark.parametrize("name", losses.HINTS)
 def test_losses_of_bfloat16_endpoints_are_float32(name):
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (STUDENT, TEACHER))
-    apply = functools.partial(build(name).apply, index=INDEX, key=jax.random.key(3), epoch=jnp.ones((), jnp.int32))
+    extra = {"labels": INDEX % 5, "index": INDEX, "key": jax.random.key(3), "epoch": jnp.ones((), jnp.int32)}
+    apply = functools.partial(build(name).apply, **extra)
     loss, state = jax.eval_shape(apply, *state_of(name), *low)
     assert loss.dtype == jnp.float32
     assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(lambda x: x.dtype, state_of(name)[1])
