@@ -117,7 +117,7 @@ def peers(python: str | None, network: classify.Network, options: argparse.Names
 
 def measure(options: argparse.Namespace) -> Bench:
     """Times everything in turns: a window of the loop, then as many bare steps, then PyTorch's."""
-    network = _network(options)
+    network = network_of(options)
     engine = runner.build(classification(network))
     rng = np.random.default_rng(0)
     batch = {
@@ -159,7 +159,8 @@ def measure(options: argparse.Namespace) -> Bench:
     return Bench(options.model, own["params"], own["macs"], options.batch, _peak(options, notes), seconds, notes)
 
 
-def _network(options: argparse.Namespace) -> classify.Network:
+def network_of(options: argparse.Namespace) -> classify.Network:
+    """The network that `--model`, `--classes`, `--size` and `--dtype` ask for."""
     sized = "img_size" in getattr(type(backbones.create(options.model)), "__dataclass_fields__", {})
     extra = {"img_size": options.size} if sized else {}
     return classify.network(options.model, options.classes, options.size, dtype=options.dtype, **extra)
