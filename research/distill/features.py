@@ -22,6 +22,29 @@ def mse(student: jax.Array, teacher: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(student - teacher), axis=tuple(range(1, student.ndim)))
 
 
+def srrl(
+    student: jax.Array,
+    teacher: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    *,
+    feature_weight: float | jax.Array = 1.0,
+    logit_weight: float | jax.Array = 1.0,
+) -> jax.Array:
+    """Mean squared difference of pooled features (B, C), and of what the teacher's classifier makes of them, (B,).
+
+    Yang et al. 2021 (softmax regression representation learning), eq. 4-6. The student's feature is that of its map
+    through an `activations.Connector` with ReLU.
+
+    Args:
+      kernel, bias: (C, classes) and (classes,) of the teacher's last layer, constants.
+    """
+    kernel, bias = jax.lax.stop_gradient((kernel, bias))
+    student, teacher, kernel, bias = wide(student, jax.lax.stop_gradient(teacher), kernel, bias)
+    logits = (x @ kernel + bias[None, :] for x in (student, teacher))
+    return feature_weight * mse(student, teacher) + logit_weight * mse(*logits)
+
+
 class ConvReg(nn.Module):
     """Maps a student's feature map onto a teacher's size and width: convolution, batch norm, ReLU (mdistiller).
 

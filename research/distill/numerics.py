@@ -29,6 +29,25 @@ def unit(x: jax.Array, eps: float = 0.0) -> jax.Array:
     return jnp.where(long, x / jnp.where(long, length, 1), 0)
 
 
+def gram(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Inner products (..., n, m) of the rows of a (..., n, d) and b (..., m, d), at full precision on any device.
+
+    Losses compare Gram matrices that hardly differ; the bfloat16 passes that accelerators default to would swamp that.
+    """
+    return jnp.einsum("...nd,...md->...nm", a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def scale_gradient(x: jax.Array, factor: jax.Array | float) -> jax.Array:
+    """`x`, whose gradient is multiplied by `factor`; a negative factor reverses it (Ganin & Lempitsky 2015)."""
+    fixed = jax.lax.stop_gradient(x)
+    return fixed + factor * (x - fixed)
+
+
+def until(epoch: jax.Array | float, epochs: float | None) -> jax.Array:
+    """1 in the first `epochs` epochs, counted from 0, and 0 afterwards: a stage that initialises; None is always 1."""
+    return jnp.ones(()) if epochs is None else (jnp.asarray(epoch) < epochs).astype(jnp.float32)
+
+
 def warmup(epoch: jax.Array | float, epochs: float) -> jax.Array:
     """The factor min(epoch / epochs, 1) of DKD and ReviewKD; 1 where `epochs` is 0.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from research.distill.numerics import at_least_two, norm, unit, wide
+from research.distill.numerics import at_least_two, gram, norm, unit, wide
 
 # Anchors whose B x d differences are held at a time.
 _ANCHORS = 16
@@ -45,15 +45,59 @@ def cc_kernel(
     if kernel not in ("gaussian", "bilinear"):
         raise ValueError(f"kernel={kernel!r}: choose 'gaussian' or 'bilinear'")
 
-    def gram(x):
-        products = x @ x.T
+    def kernel_matrix(x):
+        products = gram(x, x)
         if kernel == "bilinear":
             return products
         terms = [(2 * gamma) ** p / math.factorial(p) * products**p for p in range(order + 1)]
         return math.exp(-2 * gamma) * sum(terms)
 
     student, teacher = wide(student, jax.lax.stop_gradient(teacher))
-    return norm(gram(student) - gram(teacher), axis=None) / student.shape[0] ** 2
+    return norm(kernel_matrix(student) - kernel_matrix(teacher), axis=None) / student.shape[0] ** 2
+
+
+def sp(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+    """||G_t - G_s||_F^2 / B^2, G the Gram matrix with its rows at unit length. Tung & Mori 2019, eq. 1-4.
+
+    Features (B, ...) are flattened; the published runs give the last feature map weight 3000.
+    """
+    student, teacher = wide(student, jax.lax.stop_gradient(teacher))
+    s, t = (unit(gram(x, x)) for x in (x.reshape(x.shape[0], -1) for x in (student, teacher)))
+    return jnp.mean(jnp.square(t - s))
+
+
+def pkt(
+    student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None, *, eps: float = 1e-7
+) -> jax.Array:
+    """mean_ij p_t log((p_t + eps) / (p_s + eps)), p the cosines mapped to [0, 1] with rows that sum to 1.
+
+    The mean is over all B^2 entries, as in mdistiller and RepDistiller, hence their weight of 30000. Passalis & Tefas
+    2018, eq. 3-6.
+    """
+    student, teacher = wide(student, jax.lax.stop_gradient(teacher))
+
+    def affinity(x):
+        x = x / (norm(x, keepdims=True) + eps)
+        similarity = (gram(x, x) + 1) / 2
+        return similarity / jnp.sum(similarity, axis=1, keepdims=True)
+
+    s, t = affinity(student), affinity(teacher)
+    return jnp.mean(t * jnp.log((t + eps) / (s + eps)))
+
+
+def simple_recipe(
+    student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None, *, exponent: float | jax.Array = 4.0
+) -> jax.Array:
+    """log sum |student - teacher|^exponent over the whole batch, a scalar: the feature term of SRD.
+
+    Miles & Mikolajczyk 2024. torchdistill adds twice this to a mean `kd` without T^2. A perfect match is the logarithm
+    of the smallest float instead of minus infinity, with zero gradient.
+    """
+    student, teacher = wide(student, jax.lax.stop_gradient(teacher))
+    difference = jnp.abs(student - teacher)
+    apart = difference > 0
+    total = jnp.sum(jnp.where(apart, jnp.where(apart, difference, 1) ** exponent, 0))
+    return jnp.log(jnp.maximum(total, jnp.finfo(total.dtype).tiny))
 
 
 def _distances(x: jax.Array, squared: bool, eps: float) -> jax.Array:
@@ -61,7 +105,7 @@ def _distances(x: jax.Array, squared: bool, eps: float) -> jax.Array:
     # Shifting all rows changes no distance, and keeps the digits of |x|^2 + |y|^2 - 2 <x, y>.
     x = x - jax.lax.stop_gradient(jnp.mean(x, axis=0, keepdims=True))
     rows, size = jnp.sum(jnp.square(x), axis=-1), x.shape[0]
-    distance = jnp.maximum(rows[:, None] + rows[None, :] - 2 * (x @ x.T), eps)
+    distance = jnp.maximum(rows[:, None] + rows[None, :] - 2 * gram(x, x), eps)
     distance = distance if squared else jnp.sqrt(distance)
     distance = jnp.where(jnp.eye(size, dtype=bool), 0, distance)
     # Clamped at eps > 0, all entries off the diagonal count as positive.
@@ -86,7 +130,7 @@ def rkd_angle(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
     def cosines(x, anchor):
         direction = unit(anchor[None, :] - x, eps=1e-12)
-        return direction @ direction.T
+        return gram(direction, direction)
 
     @jax.checkpoint
     def at(anchors):

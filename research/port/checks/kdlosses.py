@@ -1,7 +1,6 @@
 """Golden checks of the distillation losses: values, gradients, running statistics and memories."""
 
 import re
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,31 +8,11 @@ import jax.numpy as jnp
 from research.distill import features, logits, memory, relations
 from research.distill.ground_truth import cross_entropy
 from research.distill.numerics import warmup
+from research.port.checks import kdlosses_features, kdlosses_logits
 from research.port.checks.common import nchw, nhwc
 from research.port.checks.convnets import check_cifar_resnet
-from research.port.names import from_official, to_official
+from research.port.checks.kdlosses_common import DTYPE, keep, name_gradients, value_and_gradient, variables
 from research.port.verify import Golden
-
-DTYPE = jnp.float64
-
-
-def _keep(golden: Golden, found: dict) -> dict:
-    return {key: value for key, value in found.items() if key in golden.y}
-
-
-def _value_and_gradient(function: Callable[[jax.Array], jax.Array], x) -> tuple[jax.Array, jax.Array]:
-    return jax.jit(jax.value_and_grad(function))(jnp.asarray(x))
-
-
-def _weights(module, official: dict, rules, *arguments) -> dict:
-    """The golden's weights as variables of `module`; `arguments` are those of its call."""
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *arguments))
-    return jax.tree.map(jnp.asarray, from_official(shapes, official, rules))
-
-
-def _name_gradients(gradients: dict, rules, prefix: str) -> dict:
-    """Gradients of params under their official names."""
-    return {f"{prefix}{name}": value for name, value in to_official({"params": gradients}, rules).items()}
 
 
 def check_kd(golden: Golden) -> dict:
@@ -53,9 +32,9 @@ def check_kd(golden: Golden) -> dict:
     }
     found = {}
     for name, loss in losses.items():
-        found[f"loss_{name}"], found[f"grad_{name}"] = _value_and_gradient(loss, student)
+        found[f"loss_{name}"], found[f"grad_{name}"] = value_and_gradient(loss, student)
     found["grad_bkd"] = found["grad_bkd_vanillakd"]
-    return _keep(golden, found | _deit(golden, teacher, labels, temperature, alpha))
+    return keep(golden, found | _deit(golden, teacher, labels, temperature, alpha))
 
 
 def _deit(golden: Golden, teacher, labels, temperature, alpha) -> dict:
@@ -69,7 +48,7 @@ def _deit(golden: Golden, teacher, labels, temperature, alpha) -> dict:
             (1 - alpha) * jnp.mean(cross_entropy(tokens[0], labels)) + alpha * part(tokens[1])
         )
         tokens = jnp.stack([golden.x["logits_class_token"], golden.x["logits_student"]])
-        found[f"loss_deit_{name}"], gradient = _value_and_gradient(total, tokens)
+        found[f"loss_deit_{name}"], gradient = value_and_gradient(total, tokens)
         found[f"grad_deit_{name}_class_token"], found[f"grad_deit_{name}_dist_token"] = gradient
     return found
 
@@ -80,11 +59,11 @@ def check_dkd(golden: Golden) -> dict:
     loss = lambda labels: lambda s: jnp.mean(logits.dkd(s, teacher, labels, **options))
     target, soft = jnp.asarray(golden.x["target"]), jnp.asarray(golden.x["soft_target"])
     found = {}
-    found["loss"], found["grad_logits_student"] = _value_and_gradient(loss(target), student)
-    found["loss_soft_target"], found["grad_soft_target"] = _value_and_gradient(loss(soft), student)
+    found["loss"], found["grad_logits_student"] = value_and_gradient(loss(target), student)
+    found["loss_soft_target"], found["grad_soft_target"] = value_and_gradient(loss(soft), student)
     parts = logits.dkd_parts(jnp.asarray(student), teacher, target, temperature=kwargs["T"])
     found["tckd"], found["nckd"] = map(jnp.mean, parts)
-    return _keep(golden, found)
+    return keep(golden, found)
 
 
 def check_dist(golden: Golden) -> dict:
@@ -92,16 +71,16 @@ def check_dist(golden: Golden) -> dict:
     weights = {"beta": kwargs["beta"], "gamma": kwargs["gamma"]}
     loss = lambda s: logits.dist(s, x["logits_teacher"], temperature=kwargs["tau"], **weights)
     dense = lambda s: logits.dist(nhwc(s), nhwc(x["seg_logits_teacher"]), **weights)
-    found = dict(zip(("loss", "grad_logits_student"), _value_and_gradient(loss, x["logits_student"]), strict=True))
-    found["loss_seg"], found["grad_seg_logits_student"] = _value_and_gradient(dense, x["seg_logits_student"])
-    return _keep(golden, found)
+    found = dict(zip(("loss", "grad_logits_student"), value_and_gradient(loss, x["logits_student"]), strict=True))
+    found["loss_seg"], found["grad_seg_logits_student"] = value_and_gradient(dense, x["seg_logits_student"])
+    return keep(golden, found)
 
 
 def check_cc(golden: Golden) -> dict:
     x, kwargs = golden.x, golden.kwargs
     pair = memory.EmbedPair(kwargs["feat_dim"], normalize=False, dtype=DTYPE)
     inputs = jnp.asarray(x["student"]), jnp.asarray(x["teacher"])
-    params = _weights(pair, golden.w, [], *inputs)["params"]
+    params = variables(pair, golden.w, [], *inputs)["params"]
 
     def loss(params, student):
         return relations.cc(*pair.apply({"params": params}, student, inputs[1]), scale=kwargs["scale"])
@@ -111,26 +90,26 @@ def check_cc(golden: Golden) -> dict:
     for kernel in ("gaussian", "bilinear"):
         options = {"kernel": kernel, "gamma": kwargs["gamma"], "order": kwargs["max_p"]}
         value = lambda s, options=options: relations.cc_kernel(s, x["embed_teacher"], **options)
-        found[f"loss_cckd_{kernel}"], found[f"grad_cckd_{kernel}"] = _value_and_gradient(value, x["embed_student"])
-    return _keep(golden, found | _name_gradients(gradients, [], "gradw_"))
+        found[f"loss_cckd_{kernel}"], found[f"grad_cckd_{kernel}"] = value_and_gradient(value, x["embed_student"])
+    return keep(golden, found | name_gradients(gradients, [], "gradw_"))
 
 
 def check_rkd(golden: Golden) -> dict:
     student, teacher = (x.reshape(x.shape[0], -1) for x in (golden.x["student"], golden.x["teacher"]))
     loss = lambda s, **without: relations.rkd(s, teacher, **{**golden.kwargs, **without})
-    value, gradient = _value_and_gradient(loss, student)
+    value, gradient = value_and_gradient(loss, student)
     found = {"loss": value, "grad_student": gradient.reshape(golden.x["student"].shape)}
     # Each part is stated with its weight.
     found["loss_distance"] = loss(jnp.asarray(student), angle_weight=0)
     found["loss_angle"] = loss(jnp.asarray(student), distance_weight=0)
-    return _keep(golden, found)
+    return keep(golden, found)
 
 
 def check_crd(golden: Golden) -> dict:
     x, kwargs = golden.x, golden.kwargs
     pair = memory.EmbedPair(kwargs["feat_dim"], dtype=DTYPE)
     weights = {name: value for name, value in golden.w.items() if name.startswith("embed_")}
-    params = _weights(pair, weights, [], x["step0_student"], x["step0_teacher"])["params"]
+    params = variables(pair, weights, [], x["step0_student"], x["step0_teacher"])["params"]
     rows = [jnp.asarray(golden.w[f"contrast.memory_v{k}"]) for k in (1, 2)]
     state = memory.Memory(*rows, jnp.zeros(2, DTYPE), jnp.zeros((), DTYPE))
     options = {"temperature": kwargs["temperature"], "momentum": kwargs["momentum"]}
@@ -152,8 +131,8 @@ def check_crd(golden: Golden) -> dict:
         found |= {f"{name}_loss": value, f"grad_{name}_student": gradient}
         found |= {f"{name}_memory_v1": state.student, f"{name}_memory_v2": state.teacher}
         found |= {f"{name}_Z_v1": jnp.exp(state.log_z[0]), f"{name}_Z_v2": jnp.exp(state.log_z[1])}
-        found |= _name_gradients(gradients, [], f"gradw_{name}_")
-    return _keep(golden, found)
+        found |= name_gradients(gradients, [], f"gradw_{name}_")
+    return keep(golden, found)
 
 
 def check_reviewkd(golden: Golden) -> dict:
@@ -165,8 +144,7 @@ def check_reviewkd(golden: Golden) -> dict:
     )
     shapes = [t.shape[1:] for t in teacher]
     module = features.Review(kwargs.get("max_mid_channel", 512), dtype=DTYPE)
-    model_shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), student, shapes))
-    weights = jax.tree.map(jnp.asarray, from_official(model_shapes, golden.w, features.REVIEW_NAMES))
+    weights = variables(module, golden.w, features.REVIEW_NAMES, student, shapes)
     scale = kwargs.get("weight", 1.0) * warmup(float(x.get("epoch", jnp.inf)), kwargs.get("warmup_epochs", 0))
 
     def loss(params, student):
@@ -176,7 +154,7 @@ def check_reviewkd(golden: Golden) -> dict:
     value, (gradients, maps) = jax.jit(jax.value_and_grad(loss, (0, 1)))(weights["params"], student)
     found = {"loss": value, "grad_student_pooled": maps[-1][:, 0, 0]}
     found |= {f"grad_student_{k}": nchw(maps[k]) for k in range(depth)}
-    return _keep(golden, found | _name_gradients(gradients, features.REVIEW_NAMES, "gradw_"))
+    return keep(golden, found | name_gradients(gradients, features.REVIEW_NAMES, "gradw_"))
 
 
 def check_fitnet(golden: Golden) -> dict:
@@ -185,7 +163,7 @@ def check_fitnet(golden: Golden) -> dict:
         weights = {k.removeprefix(f"{case}."): v for k, v in golden.w.items() if k.startswith(f"{case}.")}
         student, teacher = nhwc(golden.x[f"{case}_student"]), nhwc(golden.x[f"{case}_teacher"])
         module = features.ConvReg(teacher.shape[-1], teacher.shape[1:3], dtype=DTYPE)
-        weights = _weights(module, weights, [], student)
+        weights = variables(module, weights, [], student)
 
         def loss(x, module=module, weights=weights, teacher=teacher):
             out, new = module.apply(weights, x, mutable=["batch_stats"])
@@ -194,7 +172,7 @@ def check_fitnet(golden: Golden) -> dict:
         (value, (out, stats)), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(student)
         found |= {f"{case}_loss": value, f"{case}_out": nchw(out), f"grad_{case}_student": nchw(gradient)}
         found |= {f"{case}_new_running_{name}": stats["bn"][name] for name in ("mean", "var")}
-    return _keep(golden, found)
+    return keep(golden, found)
 
 
 CHECKS = {
@@ -207,4 +185,6 @@ CHECKS = {
     "crd": check_crd,
     "reviewkd": check_reviewkd,
     "fitnet": check_fitnet,
+    **kdlosses_logits.CHECKS,
+    **kdlosses_features.CHECKS,
 }
