@@ -30,6 +30,9 @@ from research.core.sharding import paths
 
 LOG = logging.getLogger(__name__)
 
+# What goes wrong in Orbax is raised too, and told by us in one line.
+logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
+
 TRIES = 3  # failed saves in a row that end a run
 TIMEOUT = 1200  # seconds after which a save that has not ended counts as failed
 _NOTED = 1.0  # seconds of waiting for a save in flight that are worth a warning
@@ -92,10 +95,12 @@ class Checkpoints:
                     get_metric_fn=lambda m: m[metric], n=1, keep_checkpoints_without_metrics=False
                 )
             )
+        # Made asynchronously, a folder that cannot be made leaves threads behind that wait for it for minutes.
+        writing = ocp.AsyncOptions(timeout_secs=TIMEOUT, create_directories_asynchronously=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(timeout_secs=TIMEOUT),
+            async_options=writing,
             single_host_load_and_broadcast=False,
         )
         return ocp.CheckpointManager(
@@ -205,21 +210,19 @@ class Checkpoints:
         except Exception as error:
             self._failed(error)
             return
-        if (waited := time.monotonic() - began) > _NOTED and self._flying:
+        if not self._flying:
+            return
+        if (waited := time.monotonic() - began) > _NOTED:
             LOG.warning("waited %.1f s for the checkpoint of step %d to be written", waited, self._flying[0])
-        self._landed()
+        self._flying, self._failures, self._succeeded = None, 0, True
+        if jax.process_index() == 0:
+            for step in self._manager.all_steps():  # an earlier run may have been killed between saving and sealing
+                seal.write(self._folder / str(step))
 
     def settle(self) -> None:
         """Seals what has reached the disk by now; does not block."""
-        if not self._manager.is_saving_in_progress():
+        if self._flying and not self._manager.is_saving_in_progress():
             self.wait()
-
-    def _landed(self) -> None:
-        if self._flying:
-            self._flying, self._failures, self._succeeded = None, 0, True
-        if jax.process_index() == 0:
-            for step in self._manager.all_steps():
-                seal.write(self._folder / str(step))
 
     def _failed(self, error: Exception) -> None:
         """Puts everything back to before the save; warns, or raises SaveFailed."""
@@ -227,6 +230,7 @@ class Checkpoints:
             raise error
         step, size = self._flying or (-1, 0)
         self._flying, self._failures = None, self._failures + 1
+        free = None if storage.remote(self._folder) else shutil.disk_usage(self._folder).free
         with contextlib.suppress(Exception):
             self._manager.close()
         self._sweep()
@@ -236,9 +240,9 @@ class Checkpoints:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][-200:]
         text = f"the checkpoint of step {step} could not be written to {self._folder}"
         if _no_space(error):
-            free = "" if storage.remote(self._folder) else f", {shutil.disk_usage(self._folder).free:,} are free"
+            room = f"it needs about {size:,} bytes" + (f", {free:,} are left" if free is not None else "")
             again = "Make space and start the same command again"
-            raise SaveFailed(f"{text}: no space left; it needs about {size:,} bytes{free}; {left}. {again}") from error
+            raise SaveFailed(f"{text}: no space left; {room}; {left}. {again}") from error
         if jax.process_count() > 1 and self._succeeded:
             # The others may wait for this save's barriers: only a restart brings all processes to one mind.
             cluster.leave(f"{text} ({reason}); {left}")

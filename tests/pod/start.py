@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 
@@ -23,7 +24,7 @@ def start(workdir, *options, env=None) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """What the process wrote to stderr; its exit status is checked."""
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == status, errors
     return errors
 
@@ -34,6 +35,14 @@ def reach(process: subprocess.Popen, line: str) -> None:
         if found == line + "\n":
             return
     raise AssertionError(f"the process ended before {line!r}:\n{process.stderr.read()}")
+
+
+def until(condition) -> None:
+    """Waits for something that other processes bring about."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
 
 
 def go_on(process: subprocess.Popen) -> None:

@@ -18,7 +18,7 @@ parser.add_argument("--examples", type=int, default=0, help="evaluate on that ma
 parser.add_argument("--distributed", type=float, default=0, help="join others; seconds to miss one")
 parser.add_argument("--patience", type=float, default=60, help="seconds to wait for the other processes")
 parser.add_argument("--watch", type=float, default=0, help="seconds without a finished step that end the process")
-parser.add_argument("--pause-at", type=int, default=-1, help="before the step's batch, wait for a line on stdin")
+parser.add_argument("--pause-at", type=int, nargs="*", default=(), help="before these steps, wait for a line on stdin")
 parser.add_argument("--raise-at", type=int, default=-1, help="fail at the step's batch")
 parser.add_argument("--slow-store", type=float, default=0, help="seconds that every save takes longer")
 parser.add_argument("--clock", type=int, nargs=2, default=(0, 0), help="step at which the clock jumps, by how much")
@@ -64,7 +64,7 @@ def train_batches(first):
     for step, batch in enumerate(toy.batches(first, **share()), start=first + 1):
         if step == args.signal_at:
             os.kill(os.getpid(), signal.Signals[args.signal])
-        if step == args.pause_at:
+        if step in args.pause_at:
             print("paused", flush=True)
             sys.stdin.readline()
         if step == args.raise_at:
@@ -74,18 +74,25 @@ def train_batches(first):
         yield batch
 
 
-class SlowStore(ocp.JsonCheckpointHandler):
-    """A store that takes its time to write the record, and so to finish a checkpoint."""
+class Late:
+    """The end of a write that takes its time."""
 
-    async def async_save(self, directory, item):
-        written = await super().async_save(directory, args=item)
+    def __init__(self, written):
+        self._written = written
 
-        class Late:
-            def result(self, timeout=None):
-                time.sleep(args.slow_store)
-                return [future.result(timeout) for future in written]
+    def result(self, timeout=None):
+        time.sleep(args.slow_store)
+        return self._written.result(timeout)
 
-        return [Late()]
+
+def slow_store():
+    """Makes every save wait for a slow store, in the threads that write it."""
+    save = ocp.JsonCheckpointHandler.async_save
+
+    async def late(*given, **named):
+        return [Late(written) for written in await save(*given, **named)]
+
+    ocp.JsonCheckpointHandler.async_save = late
 
 
 @cli
@@ -93,7 +100,7 @@ def main(argv):
     if args.distributed:
         cluster.join(args.distributed, patience=args.patience)
     if args.slow_store:
-        ocp.JsonCheckpointHandler = SlowStore
+        slow_store()
     axes = {"data": -1, "fsdp": args.fsdp}
     run = runner.build(toy.build(poison=args.poison), mode=args.mode, axes=axes, rules=[(".*", "fsdp")])
     plan = loop.Plan(args.steps, toy.BATCH, log_every=1, save_every=args.save_every, stop_every=1)
