@@ -87,7 +87,7 @@ def config(arg: str, student: str, recipe_name: str, **options) -> ConfigDict:
         raise ValueError(f"config argument arms: no arm {unknown[0]!r}; there are {', '.join(ARMS)}")
     c.students = common.arms(**{name: common.student(student, **{**shared, **ARMS[name]}) for name in names})
     c.teacher = common.teacher(model, dtype="bfloat16", options=small[model])
-    return _smoke(c) if chosen.smoke else c
+    return smoke(c) if chosen.smoke else c
 
 
 def _small(model: str) -> dict:
@@ -95,7 +95,7 @@ def _small(model: str) -> dict:
     return next(options for family, options in SMALL.items() if model.startswith(family))
 
 
-def _smoke(c: ConfigDict) -> ConfigDict:
+def smoke(c: ConfigDict) -> ConfigDict:
     c = common.smoke(c)
     c.data.num_classes, c.data.workers = 10, 0
     c.teacher.weights = "random"

@@ -10,6 +10,7 @@ with its own model, optimiser and loss. Teacher and students see the same mixed 
 arm without `loss` and `hint` is plain supervised training, and so the teacher of a small study is trained here too.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -63,9 +64,8 @@ def _arm(student: Mapping, config, labels: Callable[[], np.ndarray] | None) -> A
     label = losses.pick(losses.LABEL_LOSSES, student.label_loss)
     loss = hint = None
     if student.loss:
-        function = losses.pick(losses.LOSSES, student.loss)
-        options = dict(student.loss_options)
-        loss = _mean(lambda s, t, y: function(s, t, y, **options), student.loss in losses.RELATIONAL, group)
+        function = functools.partial(losses.pick(losses.LOSSES, student.loss), **student.loss_options)
+        loss = _mean(function, student.loss in losses.RELATIONAL, group)
     if student.hint:
         options = dict(student.hint_options)
         if student.hint == "crd":
