@@ -67,11 +67,11 @@ class Bench(NamedTuple):
 
 
 def photograph(seed: int) -> bytes:
-    """A made-up JPEG of the size of an average photograph, about 110 kB: smooth shapes with some noise."""
+    """A made-up JPEG of the size of an average photograph, about 100 kB: smooth shapes under noise."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
-    noisy = np.clip(smooth + rng.integers(-24, 25, smooth.shape), 0, 255).astype(np.uint8)
+    noisy = np.clip(smooth + rng.integers(-48, 49, (HEIGHT, WIDTH, 1)), 0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(noisy).save(file, "JPEG", quality=85)
     return file.getvalue()
