@@ -38,8 +38,8 @@ def ab(student: jax.Array, teacher: jax.Array, *, margin: float | jax.Array = 1.
     stage i of n, and trains with it alone in a first stage.
     """
     student, teacher = wide(student, jax.lax.stop_gradient(teacher))
-    off = jnp.square(student + margin) * ((student > -margin) & (teacher <= 0))
-    on = jnp.square(student - margin) * ((student <= margin) & (teacher > 0))
+    off = jnp.where((student > -margin) & (teacher <= 0), jnp.square(student + margin), 0)
+    on = jnp.where((student <= margin) & (teacher > 0), jnp.square(student - margin), 0)
     return jnp.sum(off + on, axis=tuple(range(1, student.ndim)))
 
 

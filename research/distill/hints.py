@@ -31,25 +31,28 @@ class Hint(NamedTuple):
     apply: Callable[..., tuple[jax.Array, Any]]
 
 
-def _zeros(endpoints: Endpoints) -> Endpoints:
+def zeros(endpoints: Endpoints) -> Endpoints:
+    """Arrays of zeros in place of the endpoints or their shapes."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), endpoints)
 
 
-def _adapted(call: Callable, loss: Callable) -> Hint:
+def adapted(call: Callable, loss: Callable, *, normed: bool = True) -> Hint:
     """A Hint of a module and a per-example loss.
 
     Args:
-      call: (method, student, teacher) -> method(module inputs...), where `method` is the bound init or apply.
+      call: (student, teacher, key) -> (module, its arguments).
       loss: (adaptor's output, teacher endpoints, epoch) -> (B,).
+      normed: whether the module takes `train`, for its batch norms.
     """
+    options = {"train": False} if normed else {}
 
     def init(key, student, teacher):
-        module, arguments = call(_zeros(student), _zeros(teacher))
-        variables = module.init(key, *arguments, train=False)
+        module, arguments = call(zeros(student), zeros(teacher), key)
+        variables = module.init(key, *arguments, **options)
         return variables["params"], {"batch_stats": variables.get("batch_stats", {})}
 
     def apply(params, state, student, teacher, *, labels=None, index=None, key=None, epoch=0):
-        module, arguments = call(student, teacher)
+        module, arguments = call(student, teacher, key)
         out, state = module.apply({"params": params, **state}, *arguments, mutable=["batch_stats"])
         return jnp.mean(loss(out, teacher, epoch)), {"batch_stats": state.get("batch_stats", {})}
 
@@ -71,7 +74,7 @@ def fitnet(
     """
     names = {"student": student, "teacher": teacher}
 
-    def call(student, teacher):
+    def call(student, teacher, key):
         target = taps.feature_map(teacher, names["teacher"])
         module = features.ConvReg(target.shape[-1], target.shape[1:3], group=group, dtype=dtype)
         return module, (taps.feature_map(student, names["student"]),)
@@ -79,7 +82,7 @@ def fitnet(
     def loss(out, teacher, epoch):
         return features.mse(out, taps.feature_map(teacher, names["teacher"]))
 
-    return _adapted(call, loss)
+    return adapted(call, loss)
 
 
 def review(
@@ -101,7 +104,7 @@ def review(
     """
     names = {"student": student, "teacher": teacher}
 
-    def call(student, teacher):
+    def call(student, teacher, key):
         shapes = [x.shape[1:] for x in taps.levels(teacher, names["teacher"])]
         module = features.Review(max_mid, group=group, dtype=dtype)
         return module, (taps.levels(student, names["student"]), shapes)
@@ -110,12 +113,12 @@ def review(
         values = features.review(out, taps.levels(teacher, names["teacher"]))
         return values * numerics.warmup(epoch, warmup_epochs).astype(values.dtype)
 
-    return _adapted(call, loss)
+    return adapted(call, loss)
 
 
 def _embedded(student: str, teacher: str, module: memory.EmbedPair):
     def init(key, student_endpoints, teacher_endpoints):
-        arguments = taps.tap(_zeros(student_endpoints), student), taps.tap(_zeros(teacher_endpoints), teacher)
+        arguments = taps.tap(zeros(student_endpoints), student), taps.tap(zeros(teacher_endpoints), teacher)
         return module.init(key, *arguments)["params"]
 
     def apply(params, student_endpoints, teacher_endpoints):

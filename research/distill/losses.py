@@ -3,7 +3,21 @@
 import difflib
 from collections.abc import Callable, Mapping
 
-from research.distill import ground_truth, hints, logits, ofa
+from research.distill import (
+    adaptor_hints,
+    ensembles,
+    ground_truth,
+    hints,
+    label_aware,
+    logit_hints,
+    logits,
+    map_hints,
+    masked_hints,
+    multilevel,
+    ofa,
+    sequence,
+    standardized,
+)
 
 # loss(student, teacher, labels=None, **options) -> (B,), or a scalar where it relates the examples to each other.
 LOSSES: dict[str, Callable] = {
@@ -12,21 +26,57 @@ LOSSES: dict[str, Callable] = {
     "kd_and_labels": logits.kd_and_labels,
     "bkd": logits.bkd,
     "dkd": logits.dkd,
+    "nkd": label_aware.nkd,
+    "wsld": label_aware.wsld,
+    "lskd": standardized.lskd,
+    "lskd_dkd": standardized.lskd_dkd,
+    "lskd_and_labels": standardized.lskd_and_labels,
     "dist": logits.dist,
+    "multilevel": multilevel.multilevel,
     "ofa": ofa.ofa,
+    # Of one teacher (B, C) or of several (K, B, C).
+    "meal": ensembles.meal,
+    "funmatch": ensembles.funmatch,
+    # Of language models, token by token, and of classifiers.
+    "forward_kl": sequence.forward_kl,
+    "reverse_kl": sequence.reverse_kl,
+    "symmetric_kl": sequence.symmetric_kl,
+    "js": sequence.js,
+    "jsd": sequence.jsd,
+    "total_variation": sequence.total_variation,
+    "skewed_kl": sequence.skewed_kl,
+    "skewed_reverse_kl": sequence.skewed_reverse_kl,
 }
 # Those of LOSSES that return a scalar: the caller chooses their batch, `research.core.scope.by_group`.
-RELATIONAL = frozenset({"dist"})
+RELATIONAL = frozenset({"dist", "multilevel"})
 # loss(logits, labels, **options) -> (B,)
 LABEL_LOSSES: dict[str, Callable] = {"ce": ground_truth.cross_entropy, "bce": ground_truth.binary_cross_entropy}
 # builder(**options) -> hints.Hint
 HINTS: dict[str, Callable[..., hints.Hint]] = {
     "fitnet": hints.fitnet,
+    "at": map_hints.at,
+    "at_paper": map_hints.at_paper,
+    "nst": map_hints.nst,
+    "fsp": map_hints.fsp,
+    "kdsvd": map_hints.kdsvd,
+    "ab": adaptor_hints.ab,
+    "vid": adaptor_hints.vid,
+    "ofd": adaptor_hints.ofd,
+    "srrl": adaptor_hints.srrl,
+    "ft": adaptor_hints.ft,
+    "mgd": masked_hints.mgd,
+    "vitkd": masked_hints.vitkd,
+    "sp": map_hints.sp,
+    "pkt": map_hints.pkt,
+    "manifold": map_hints.manifold,
     "cc": hints.cc,
     "rkd": hints.rkd,
     "crd": hints.crd,
     "review": hints.review,
     "ofa": ofa.hint,
+    "ctkd": logit_hints.ctkd,
+    "uskd": logit_hints.uskd,
+    "discriminator": logit_hints.discriminator,
 }
 
 

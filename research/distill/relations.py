@@ -66,9 +66,7 @@ def sp(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None) 
     return jnp.mean(jnp.square(t - s))
 
 
-def pkt(
-    student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None, *, eps: float = 1e-7
-) -> jax.Array:
+def pkt(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None, *, eps: float = 1e-7) -> jax.Array:
     """mean_ij p_t log((p_t + eps) / (p_s + eps)), p the cosines mapped to [0, 1] with rows that sum to 1.
 
     The mean is over all B^2 entries, as in mdistiller and RepDistiller, hence their weight of 30000. Passalis & Tefas

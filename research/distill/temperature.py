@@ -29,7 +29,7 @@ def strength(
     Raises:
       ValueError: another shape.
     """
-    epoch = jnp.maximum(jnp.asarray(epoch), 0)
+    epoch = jnp.maximum(jnp.asarray(epoch, jnp.result_type(float)), 0)
     if shape == "cosine":
         way = (1 - jnp.cos(jnp.pi * jnp.minimum(epoch, epochs) / epochs)) / 2
     elif shape == "linear":

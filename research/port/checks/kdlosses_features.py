@@ -118,9 +118,7 @@ def check_ft(golden: Golden) -> dict:
     student, teacher, kwargs = nhwc(golden.x["student"]), nhwc(golden.x["teacher"]), golden.kwargs
     normed = lambda name: any(key.startswith(f"{name}.encoder.1.") for key in golden.w)
     paraphraser = factors.Paraphraser(kwargs["k"], batch_norm=normed("paraphraser"), dtype=DTYPE)
-    translator = factors.Translator(
-        int(teacher.shape[-1] * kwargs["k"]), batch_norm=normed("translator"), dtype=DTYPE
-    )
+    translator = factors.Translator(int(teacher.shape[-1] * kwargs["k"]), batch_norm=normed("translator"), dtype=DTYPE)
     weights = {
         name: variables(module, part(golden.w, name), factors.NAMES, x)
         for name, module, x in (("paraphraser", paraphraser, teacher), ("translator", translator, student))
@@ -219,9 +217,7 @@ def _vitkd(golden: Golden) -> dict:
 def check_torchdistill_extra(golden: Golden) -> dict:
     x, kwargs, labels = golden.x, golden.kwargs, jnp.asarray(golden.x["target"])
     known, temperature = jnp.asarray(x["logits_teacher"]), kwargs["T"]
-    standard = lambda s: jnp.mean(
-        ls.lskd_and_labels(s, known, labels, temperature=temperature, alpha=kwargs["alpha"])
-    )
+    standard = lambda s: jnp.mean(ls.lskd_and_labels(s, known, labels, temperature=temperature, alpha=kwargs["alpha"]))
 
     def srd(student, feature):
         feature = relations.simple_recipe(feature, jnp.asarray(x["feature_teacher"]), exponent=kwargs["srd_exponent"])
@@ -234,9 +230,9 @@ def check_torchdistill_extra(golden: Golden) -> dict:
 
     student, found = jnp.asarray(x["logits_student"]), {}
     found["loss_logitstd"], found["grad_logitstd"] = value_and_gradient(standard, student)
-    found["loss_srd"], (found["grad_srd_logits"], found["grad_srd_feature"]) = jax.jit(
-        jax.value_and_grad(srd, (0, 1))
-    )(student, jnp.asarray(x["feature_student"]))
+    found["loss_srd"], (found["grad_srd_logits"], found["grad_srd_feature"]) = jax.jit(jax.value_and_grad(srd, (0, 1)))(
+        student, jnp.asarray(x["feature_student"])
+    )
     found["loss_distplus"], (found["grad_distplus_logits"], of_map) = jax.jit(jax.value_and_grad(distplus, (0, 1)))(
         student, nhwc(x["map_student"])
     )

@@ -78,7 +78,7 @@ def check_ctkd(golden: Golden) -> dict:
         if schedule := re.fullmatch(r"lambda_(\w+)_(-?[\d.]+)_to_(-?[\d.]+)_in_(\d+)", key):
             shape, start, end, epochs = schedule.groups()
             options = {"epochs": int(epochs), "start": float(start), "end": float(end), "shape": shape}
-            found[key] = ctkd.strength(jnp.asarray(golden.x["epochs"]).astype(DTYPE), **options)
+            found[key] = ctkd.strength(jnp.asarray(golden.x["epochs"]), **options)
     return keep(golden, found)
 
 
