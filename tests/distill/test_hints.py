@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from research.core import scope
-from research.distill import logits, losses, relations, taps
+from research.distill import losses, relations, taps
 
 B, N, DEVICES = 8, 16, 4
 RNG = np.random.default_rng(0)
@@ -155,24 +155,6 @@ def test_groups_compute_what_gpus_of_that_size_would(name):
     gpus = [jax.tree.map(lambda x, k=k: x[2 * k : 2 * k + 2], batch) for k in range(4)]
     close(loss, sum(alone(*gpu) for gpu in gpus) / 4)
     assert abs(float(loss) - float(on_one_device(name)[0][0])) > 1e-4 * float(loss)
-
-
-@pytest.mark.parametrize("group", [None, 2])
-def test_dist_sees_the_same_batch_on_one_device_and_on_several(group):
-    student, teacher = (jnp.asarray(RNG.normal(size=(B, 5)), jnp.float32) for _ in range(2))
-    function = lambda s, t: scope.by_group(logits.dist, group, s, t)
-    expected, expected_gradient = jax.jit(jax.value_and_grad(function))(student, teacher)
-
-    def share(_, __, s, t):
-        value, gradient = jax.value_and_grad(function)(s, t)
-        return scope.mean(value), gradient / DEVICES
-
-    value, gradient = on_several(share, 0, 0, student, teacher)
-    close(value, jnp.full(DEVICES, expected))
-    close(gradient.reshape(B, -1), expected_gradient)
-    if group:
-        apart = [logits.dist(student[k : k + group], teacher[k : k + group]) for k in range(0, B, group)]
-        close(expected, sum(apart) / len(apart))
 
 
 def test_a_batch_that_does_not_divide_is_refused():
