@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 import scipy.spatial.distance
+import scipy.special
 import scipy.stats
 
-from research.distill.relations import cc, cc_kernel, rkd, rkd_angle, rkd_distance
+from research.distill.relations import cc, cc_kernel, pkt, rkd, rkd_angle, rkd_distance, simple_recipe, sp
 
 RNG = np.random.default_rng(0)
 STUDENT = jnp.asarray(RNG.normal(size=(9, 4)), jnp.float32)
@@ -46,7 +47,9 @@ def test_rkd_is_invariant_to_rotation_scale_and_shift():
     np.testing.assert_allclose(rkd(moved, STUDENT), 0, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [rkd, cc, cc_kernel, lambda s, t: cc_kernel(s, t, kernel="bilinear")])
+@pytest.mark.parametrize(
+    "loss", [rkd, cc, cc_kernel, sp, pkt, simple_recipe, lambda s, t: cc_kernel(s, t, kernel="bilinear")]
+)
 def test_gradients_are_finite_where_distances_are_zero(loss):
     twin, point = STUDENT.at[1].set(STUDENT[0]), 0 * STUDENT
     function = jax.jit(jax.value_and_grad(loss))
@@ -55,7 +58,7 @@ def test_gradients_are_finite_where_distances_are_zero(loss):
         assert np.isfinite(value) and np.all(np.isfinite(gradient))
 
 
-@pytest.mark.parametrize("loss", [rkd, cc, cc_kernel])
+@pytest.mark.parametrize("loss", [rkd, cc, cc_kernel, sp, pkt, simple_recipe])
 def test_bfloat16_features_are_accumulated_in_float32(loss):
     low = STUDENT.astype(jnp.bfloat16), SAME_WIDTH.astype(jnp.bfloat16)
     np.testing.assert_allclose(loss(*low), loss(*(x.astype(jnp.float32) for x in low)), rtol=1e-6)
@@ -80,6 +83,32 @@ def test_the_taylor_series_approaches_the_gaussian_kernel_of_unit_vectors():
     gram = lambda z: np.exp(-0.4 * scipy.spatial.distance.cdist(z, z, "sqeuclidean"))
     expected = np.linalg.norm(gram(x) - gram(y)) / 81
     np.testing.assert_allclose(cc_kernel(x, y, order=12), expected, rtol=1e-4)
+
+
+def test_sp_compares_rows_of_gram_matrices():
+    def similarity(x):
+        x = np.asarray(x, np.float64).reshape(9, -1) @ np.asarray(x, np.float64).reshape(9, -1).T
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+    expected = np.sum((similarity(TEACHER) - similarity(STUDENT)) ** 2) / 81
+    np.testing.assert_allclose(sp(STUDENT, TEACHER), expected, rtol=1e-4)
+    np.testing.assert_allclose(sp(STUDENT.reshape(9, 2, 1, 2), TEACHER), expected, rtol=1e-4)
+
+
+def test_pkt_is_the_divergence_of_cosine_affinities():
+    def affinity(x):
+        cosine = (1 + 1 - scipy.spatial.distance.cdist(x, x, "cosine")) / 2
+        return cosine / cosine.sum(1, keepdims=True)
+
+    expected = np.mean(scipy.special.rel_entr(affinity(TEACHER), affinity(STUDENT)))
+    np.testing.assert_allclose(pkt(STUDENT, TEACHER), expected, rtol=1e-3)
+
+
+def test_the_simple_recipe_is_a_log_sum_of_powers():
+    difference = np.abs(np.asarray(STUDENT) - np.asarray(SAME_WIDTH))
+    for exponent in (1.0, 4.0):
+        expected = np.log((difference**exponent).sum())
+        np.testing.assert_allclose(simple_recipe(STUDENT, SAME_WIDTH, exponent=exponent), expected, rtol=1e-5)
 
 
 def test_an_unknown_kernel_and_a_batch_of_one_are_refused():
