@@ -32,7 +32,7 @@ class Connector(nn.Module):
 
 
 def ab(student: jax.Array, teacher: jax.Array, *, margin: float | jax.Array = 1.0) -> jax.Array:
-    """Squared distance to the margin where a neuron is on the wrong side, summed, (B,). Heo et al. 2019, eq. 5.
+    """Squared distance to the margin where a neuron is on the wrong side, summed, (B,). Heo et al. 2019.
 
     Maps before ReLU, the student's of the teacher's shape. RepDistiller multiplies by 3 / 1000 and by 2^(i - n + 1) for
     stage i of n, and trains with it alone in a first stage.
@@ -58,7 +58,7 @@ def margins(scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def ofd(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> jax.Array:
-    """Partial squared distance to max(teacher, margin), summed over the map, (B,). Heo et al. 2019 (OFD), eq. 3.
+    """Partial squared distance to max(teacher, margin), summed over the map, (B,). Heo et al. 2019 (OFD).
 
     Where the teacher is not positive only a student above it pays. Maps before ReLU, the teacher's pooled to the
     student's size, which a `Connector` brings to its width. mdistiller halves the weight with every earlier stage and
@@ -101,7 +101,7 @@ class Likelihood(nn.Module):
 
 
 def vid(mean: jax.Array, variance: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Mean of ((mean - t)^2 / variance + log variance) / 2, (B,), without log 2 pi. Ahn et al. 2019, eq. 5-6.
+    """Mean of ((mean - t)^2 / variance + log variance) / 2, (B,), without log 2 pi. Ahn et al. 2019.
 
     `mean` (B, h, w, C) and `variance` (C,) of a `Likelihood` whose input had the smaller of the two sizes; summed over
     the stages with weight 1.

@@ -28,7 +28,7 @@ def soft_label(teacher: jax.Array) -> jax.Array:
 
 
 def meal(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-    """-sum_c p_c log softmax(s)_c with the teachers' `soft_label`, (B,). Shen & Savvides 2020 (MEAL V2), eq. 2.
+    """-sum_c p_c log softmax(s)_c with the teachers' `soft_label`, (B,). Shen & Savvides 2020 (MEAL V2).
 
     No temperature, no labels. The published runs start from a student pretrained on ImageNet and add the loss of a
     `Discriminator`.

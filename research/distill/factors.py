@@ -78,7 +78,7 @@ class Translator(nn.Module):
 
 
 def factor(student: jax.Array, teacher: jax.Array, *, power: int = 2, order: int = 1, whole: bool = False) -> jax.Array:
-    """Mean of |q_s - q_t|^order of the factors' attention maps q, (B,). Kim et al. 2018, eq. 3.
+    """Mean of |q_s - q_t|^order of the factors' attention maps q, (B,). Kim et al. 2018.
 
     RepDistiller turns the factors into attention maps of `power` and weighs the loss by 200; `whole` compares the
     factors themselves at unit length, as do the paper and torchdistill.

@@ -33,7 +33,7 @@ def srrl(
 ) -> jax.Array:
     """Mean squared difference of pooled features (B, C), and of what the teacher's classifier makes of them, (B,).
 
-    Yang et al. 2021 (softmax regression representation learning), eq. 4-6. The student's feature is that of its map
+    Yang et al. 2021 (softmax regression representation learning). The student's feature is that of its map
     through an `activations.Connector` with ReLU.
 
     Args:

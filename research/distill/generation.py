@@ -123,7 +123,7 @@ def vitkd(
 ) -> jax.Array:
     """alpha sum (shallow - teacher)^2 + beta / ratio sum over removed tokens (generated - teacher)^2, (B,).
 
-    Yang et al. 2022 (ViTKD), eq. 3 and 6: the first two blocks are mimicked, the last is generated. The arguments are
+    Yang et al. 2022 (ViTKD): the first two blocks are mimicked, the last is generated. The arguments are
     what a `TokenGeneration` returns and the mask it was given.
     """
     mimicked = sum(_summed_square(s, t) for s, t in zip(shallow, teacher_shallow, strict=True))

@@ -26,7 +26,7 @@ def nkd(
     temperature: float = 1.0,
     gamma: float | jax.Array = 1.5,
 ) -> jax.Array:
-    """-p_y log s_y - gamma T^2 sum_{c != y} q_c log r_c, (B,). Yang et al. 2023, eq. 8.
+    """-p_y log s_y - gamma T^2 sum_{c != y} q_c log r_c, (B,). Yang et al. 2023.
 
     p, s are the teacher's and the student's softmax at T = 1; q, r those over the classes other than y at T. Soft
     labels stand for their largest class. The published runs add the labels' cross-entropy with weight 1.
@@ -57,7 +57,7 @@ def wsld(
     temperature: float = 2.0,
     alpha: float | jax.Array = 2.5,
 ) -> jax.Array:
-    """alpha T^2 w (-sum_c softmax(t/T)_c log softmax(s/T)_c), (B,), with `wsld_weight`. Zhou et al. 2021, eq. 10-12.
+    """alpha T^2 w (-sum_c softmax(t/T)_c log softmax(s/T)_c), (B,), with `wsld_weight`. Zhou et al. 2021.
 
     Defaults are those of ImageNet; CIFAR-100 has T 4 and alpha 2.25. The published runs add the labels' cross-entropy
     with weight 1.

@@ -22,7 +22,7 @@ def manifold(
     sample_weight: float | jax.Array = 0.1,
     random_weight: float | jax.Array = 0.2,
 ) -> jax.Array:
-    """ManifoldKD's loss of one pair of layers, a scalar. Hao et al. 2022, eq. 6-10.
+    """ManifoldKD's loss of one pair of layers, a scalar. Hao et al. 2022.
 
     Mean squared differences of the Gram matrices of tokens at unit length: within every image, across the images at
     every position, and among a sample of all tokens.

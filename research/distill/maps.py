@@ -27,7 +27,7 @@ def flat(x: jax.Array) -> jax.Array:
 
 
 def attention(x: jax.Array, power: int = 2) -> jax.Array:
-    """mean_c x^power over the channels at unit length, (B, H * W). Zagoruyko & Komodakis 2017, section 3.1."""
+    """mean_c x^power over the channels at unit length, (B, H * W). Zagoruyko & Komodakis 2017."""
     return unit(flat(jnp.mean(x**power, axis=-1)))
 
 
@@ -61,7 +61,7 @@ def _kernel_mean(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def nst(student: jax.Array, teacher: jax.Array) -> jax.Array:
-    """Squared maximum mean discrepancy of the channels, polynomial kernel <a, b>^2, (B,). Huang & Wang 2017, eq. 3-5.
+    """Squared maximum mean discrepancy of the channels, polynomial kernel <a, b>^2, (B,). Huang & Wang 2017.
 
     mean k(t, t) + mean k(s, s) - 2 mean k(s, t) with channels at unit length; summed over the stages with weight 50.
     """
@@ -70,7 +70,7 @@ def nst(student: jax.Array, teacher: jax.Array) -> jax.Array:
 
 
 def flow(maps: list[jax.Array]) -> list[jax.Array]:
-    """Mean products of the channels of consecutive maps, [(B, C_next, C)]: the FSP matrices. Yim et al. 2017, eq. 1."""
+    """Mean products of the channels of consecutive maps, [(B, C_next, C)]: the FSP matrices. Yim et al. 2017."""
     found = []
     for bottom, top in zip(maps[:-1], maps[1:], strict=True):
         bottom, top = wide(bottom, top)

@@ -57,7 +57,7 @@ def cc_kernel(
 
 
 def sp(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-    """||G_t - G_s||_F^2 / B^2, G the Gram matrix with its rows at unit length. Tung & Mori 2019, eq. 1-4.
+    """||G_t - G_s||_F^2 / B^2, G the Gram matrix with its rows at unit length. Tung & Mori 2019.
 
     Features (B, ...) are flattened; the published runs give the last feature map weight 3000.
     """
@@ -70,7 +70,7 @@ def pkt(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None,
     """mean_ij p_t log((p_t + eps) / (p_s + eps)), p the cosines mapped to [0, 1] with rows that sum to 1.
 
     The mean is over all B^2 entries, as in mdistiller and RepDistiller, hence their weight of 30000. Passalis & Tefas
-    2018, eq. 3-6.
+    2018.
     """
     student, teacher = wide(student, jax.lax.stop_gradient(teacher))
 

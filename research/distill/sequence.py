@@ -63,7 +63,7 @@ def forward_kl(
 
 
 def reverse_kl(student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None) -> jax.Array:
-    """KL(s || t). Gu et al. 2024 (MiniLLM), eq. 1."""
+    """KL(s || t). Gu et al. 2024 (MiniLLM)."""
     log_s, log_t, used = _log_probabilities(student, teacher)
     return _expected(log_s, log_s - log_t, used)
 
@@ -131,7 +131,7 @@ def skewed_kl(
     lam: float | jax.Array = 0.1,
     entropy: bool = False,
 ) -> jax.Array:
-    """KL(t || lam t + (1 - lam) s), by default without the teacher's entropy. Ko et al. 2024 (DistiLLM), eq. 5."""
+    """KL(t || lam t + (1 - lam) s), by default without the teacher's entropy. Ko et al. 2024 (DistiLLM)."""
     log_s, log_t, used = _log_probabilities(student, teacher)
     mixed = _mixture(log_t, log_s, lam)
     return _expected(log_t, log_t - mixed if entropy else -mixed, used)
@@ -140,6 +140,6 @@ def skewed_kl(
 def skewed_reverse_kl(
     student: jax.Array, teacher: jax.Array, labels: jax.Array | None = None, *, lam: float | jax.Array = 0.1
 ) -> jax.Array:
-    """KL(s || lam s + (1 - lam) t). Ko et al. 2024 (DistiLLM), eq. 6."""
+    """KL(s || lam s + (1 - lam) t). Ko et al. 2024 (DistiLLM)."""
     log_s, log_t, used = _log_probabilities(student, teacher)
     return _expected(log_s, log_s - _mixture(log_s, log_t, lam), used)
