@@ -14,7 +14,7 @@ def base() -> ConfigDict:
     c.steps_per_epoch = 0  # filled in from the data
 
     c.data = ConfigDict()
-    c.data.kind = "digits"  # digits, folder, zip, tfds, arrays, fractals
+    c.data.kind = "digits"  # digits, folder, zip, arrayrecord, tfds, arrays, fractals
     c.data.path = ""
     c.data.split = "train"
     c.data.num_classes = 0  # 0: from the data; another number must equal it
@@ -131,6 +131,7 @@ def teacher(model: str = "", *, recipe: str = "", dtype: str = "float32", option
     t.weights = ""  # official (.safetensors, .pth) or own; "": train `recipe` first; "random": an untrained one
     t.dtype = dtype
     t.options = ConfigDict(options or {})  # of the model's constructor
+    t.text = ""  # file of research.distill.text_targets, beside a model or without one; "random": made up
     t.recipe = recipe  # config file (and argument) that trains the teacher, its arm called `teacher`
     t.workdir = ""  # where the recipe trains; "": <workdir>/teacher
     return t

@@ -28,9 +28,9 @@ from rich.table import Table
 from launch import bench_data, bench_train, shards
 from research import backbones
 from research.core import errors, loop, runner, writers
-from research.data import base, convert, pipeline, prefetch, sources, store, transforms
+from research.data import base, convert, pipeline, sources, store, transforms
 
-SYNTHETIC, REAL, AHEAD = "synthetic batch", "input pipeline", "input pipeline, placed ahead"
+SYNTHETIC, REAL = "synthetic batch", "input pipeline"
 WIDTH, HEIGHT = 500, 375  # the average photograph of ImageNet
 
 
@@ -91,12 +91,9 @@ def made_up(folder: pathlib.Path, count: int) -> str:
 def measure(options: argparse.Namespace, source: base.Source) -> Bench:
     """Times windows of steps on each kind of batches in turns, in one training of the engine's loop."""
     engine = runner.build(bench_train.classification(bench_train.network_of(options)))
-    put = engine.put
-    engine = engine._replace(put=lambda batch: batch if isinstance(batch["image"], jax.Array) else put(batch))
     transform = transforms.build(size=options.size, **bench_data.RECIPES[options.recipe])
-    names = (SYNTHETIC, REAL, AHEAD) if options.ahead else (SYNTHETIC, REAL)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    waited: dict[str, list[float]] = {name: [] for name in names}
+    seconds: dict[str, list[float]] = {SYNTHETIC: [], REAL: []}
+    waited: dict[str, list[float]] = {SYNTHETIC: [], REAL: []}
     # What was read ahead during another kind's turn must be used up before a window is timed.
     buffered = 2 * options.workers + 4 if options.workers else pipeline.cores() + 4
     unseen = -(-buffered // options.steps)
@@ -131,8 +128,6 @@ def measure(options: argparse.Namespace, source: base.Source) -> Bench:
     with contextlib.ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
         batch = synthetic(options)
         kinds: dict[str, Iterator[dict]] = {SYNTHETIC: itertools.repeat(batch), REAL: stack.enter_context(read())}
-        if options.ahead:
-            kinds[AHEAD] = stack.enter_context(prefetch.Placed(read(), put))
         windows = len(kinds) + options.rounds * (len(kinds) + unseen * (len(kinds) - 1))
         plan = loop.Plan(options.steps * windows + 1, options.batch, log_every=options.steps)
         writer = writers.Writer(folder, steps=plan.steps, batch_size=plan.batch_size, stream=io.StringIO())
@@ -160,11 +155,9 @@ def report(bench: Bench, console: Console) -> None:
         rate = bench.rate(name)
         table.add_row(name, f"{rate:.4g}", f"{1e3 * bench.batch / rate:.4g}", f"{100 * bench.share(name):.1f} %")
     console.print(table)
-    for name in (REAL, AHEAD):
-        if name in bench.seconds:
-            ratios = bench.ratios(name)
-            middle = statistics.median(ratios)
-            console.print(f"{name}: {middle:.3f} of synthetic ({ratios[0]:.3f} to {ratios[-1]:.3f} by round)")
+    ratios = bench.ratios(REAL)
+    middle = statistics.median(ratios)
+    console.print(f"{REAL}: {middle:.3f} of synthetic ({ratios[0]:.3f} to {ratios[-1]:.3f} by round)")
     limit = bench.core * bench.cores
     console.print(f"one core feeds {bench.core:.4g} images/s; {bench.cores} cores, doing nothing else, {limit:.4g}")
     need = bench.rate(SYNTHETIC) / bench.core
@@ -193,7 +186,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--images", type=int, default=256, help="photographs to make up (256)")
     found.add_argument("--workers", type=int, default=0, help="decoding processes (0: threads)")
     found.add_argument("--threads", type=int, help="decoding threads (one for each core)")
-    found.add_argument("--ahead", action="store_true", help="also measure batches placed on the devices ahead")
     found.add_argument("--steps", type=int, default=10, help="steps a window (10)")
     found.add_argument("--rounds", type=int, default=5, help="rounds, of which the median counts (5)")
     found.add_argument("--seconds", type=float, default=2.0, help="time to measure one core's decoding (2)")

@@ -144,7 +144,9 @@ def train_teacher(config: ConfigDict) -> None:
     if not (t and t.workdir) or (runs.finished(t.workdir) and storage.folder(t.weights).exists()):
         return
     LOG.info("training the teacher in %s", t.workdir)
-    run(configs.load(t.recipe, [f"--config.data.{key}={config.data[key]}" for key in ("kind", "path")]), t.workdir)
+    shared = {key: config.data[key] for key in ("kind", "path")}
+    shared |= {f"options.{key}": value for key, value in config.data.options.items()}
+    run(configs.load(t.recipe, [f"--config.data.{key}={value}" for key, value in shared.items()]), t.workdir)
 
 
 def run(

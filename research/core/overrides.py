@@ -120,6 +120,8 @@ def suggest(wrong: str, names: Sequence[str], prefix: str = "") -> str:
 def apply(config: ConfigDict, override: str) -> None:
     """Applies one `--config.key=value` to an unlocked config, in place; its sequences are lists (see `thaw`).
 
+    A group called `options` holds keyword arguments of something else, and takes new keys.
+
     Raises UserError for a key that is not there, naming the nearest, and for a value of another type.
     """
     name, equals, text = override.partition("=")
@@ -129,6 +131,9 @@ def apply(config: ConfigDict, override: str) -> None:
     node = config
     for part in parents:
         node = _entry(node, _place(config, node, name, part))
+    if parents[-1:] == ["options"] and isinstance(node, ConfigDict) and last not in node:
+        node[last] = parse(name, text, None)  # keyword arguments: the constructor that takes them knows their names
+        return
     place = _place(config, node, name, last)
     kind = node.get_type(place) if isinstance(node, ConfigDict) else None
     _put(node, place, parse(name, text, _entry(node, place), kind))

@@ -19,7 +19,8 @@ FILE = """
     def get_config(arg):
         config = ConfigDict(dict(
             arg=arg, batch_size=8, lr=0.1, name="a", flag=False, nothing=None, sizes=(1, 2), betas=(0.9, 0.999),
-            size=config_dict.placeholder(int), log=dict(every=10), rules=((".*", "fsdp"),), data=dict(path="digits", workers=2),
+            size=config_dict.placeholder(int), log=dict(every=10), rules=((".*", "fsdp"),),
+            data=dict(path="digits", workers=2, options=dict()),
             students=[dict(loss="kd", sizes=[1, 2]), dict(loss="dkd")], optimizer=dict(lr=0.5, name="sgd"),
         ))
         config.twice = config.get_ref("batch_size") * 2
@@ -73,6 +74,8 @@ def test_is_locked_inside_sequences_too(file):
         ("betas=1,2", "betas", (1.0, 2.0)),
         ("rules=[['a=b,c', 'tensor:1'], ('.*', 'fsdp')]", "rules", (("a=b,c", "tensor:1"), (".*", "fsdp"))),
         ("students.1.loss=dist", "students.1.loss", "dist"),
+        ("data.options.cache=/tmp/x", "data.options.cache", "/tmp/x"),
+        ("data.options.cache_gb=2", "data.options.cache_gb", 2),
         ("students.0.sizes.1=9", "students.0.sizes", (1, 9)),
         ("optimizer.lr=.25", "optimizer.lr", 0.25),
         ("data.path=/a b/c", "data.path", "/a b/c"),

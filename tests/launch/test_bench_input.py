@@ -13,10 +13,10 @@ from tests.data.shard_maker import converted, numbered
 def test_figures_are_printed(tmp_path, capsys):
     path = converted(tmp_path / "shards", all=numbered(20))
     words = ["input", "--model", "resnet8", "--size", "8", "--classes", "10", "--batch", "8", "--steps", "3"]
-    words += ["--rounds", "1", "--seconds", "0.01", "--recipe", "eval", "--path", path, "--ahead"]
+    words += ["--rounds", "1", "--seconds", "0.01", "--recipe", "eval", "--path", path]
     assert bench.main([*words, "--json", str(tmp_path / "a.json")]) == 0
     out = capsys.readouterr().out
-    for text in ("20 images (arrays)", "waiting for data", "of synthetic", "placed ahead", "one core feeds"):
+    for text in ("20 images (arrays)", "waiting for data", "of synthetic", "one core feeds"):
         assert text in out
     found = json.loads((tmp_path / "a.json").read_text())
     assert {len(rounds) for rounds in found["seconds"].values()} == {1} and len(found["seconds"]) == 3
