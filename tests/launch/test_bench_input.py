@@ -19,7 +19,7 @@ def test_figures_are_printed(tmp_path, capsys):
     for text in ("20 images (arrays)", "waiting for data", "of synthetic", "one core feeds"):
         assert text in out
     found = json.loads((tmp_path / "a.json").read_text())
-    assert {len(rounds) for rounds in found["seconds"].values()} == {1} and len(found["seconds"]) == 3
+    assert {len(rounds) for rounds in found["seconds"].values()} == {1} and len(found["seconds"]) == 2
     for name, rounds in found["seconds"].items():
         assert all(0 <= wait < second for wait, second in zip(found["waited"][name], rounds, strict=True))
 
