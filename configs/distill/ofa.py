@@ -128,13 +128,14 @@ def config(arg: str, recipe_name: str, pair: str) -> ConfigDict:
         c.eval.crop = 0.9
 
     strong, convolutional = recipe_name == "imagenet_stronger", student.startswith(("resnet", "mobilenet"))
+    reduced = {model: small(model) if chosen.smoke else {} for model in (student, teacher)}
     stats = CIFAR_STATS if recipe_name.startswith("cifar") else {}
     options = {"bn_group": share} if convolutional else {}
     shared = dict(
         label_loss="bce" if strong else "ce",
         smoothing=0.0 if strong else 0.1,
         dtype="float32" if chosen.smoke else "bfloat16",
-        options={**options, **stats, **({"drop_path": 0.05} if strong else {}), **_small(student, chosen.smoke)},
+        options={**options, **stats, **({"drop_path": 0.05} if strong else {}), **reduced[student]},
         group=share,
     )
     eps = chosen.eps or given["eps"]
@@ -145,11 +146,11 @@ def config(arg: str, recipe_name: str, pair: str) -> ConfigDict:
         raise ValueError(f"config argument arms: no arm {unknown[0]!r}; there are {', '.join(table)}")
     arms = {name: {**table[name], "label_loss": shared["label_loss"]} for name in names}
     c.students = common.arms(**{name: common.student(student, **{**shared, **arm}) for name, arm in arms.items()})
-    c.teacher = common.teacher(model=teacher, dtype="bfloat16", options={**stats, **_small(teacher, chosen.smoke)})
+    c.teacher = common.teacher(model=teacher, dtype="bfloat16", options={**stats, **reduced[teacher]})
     c.save.best = f"{names[0]}/top1"  # the published accuracies are those of the best epoch
     return imagenet.smoke(c) if chosen.smoke else c
 
 
-def _small(model: str, smoke: bool) -> dict:
+def small(model: str) -> dict:
     """Constructor options that make a model small enough for a test."""
-    return next(options for family, options in SMALL.items() if model.startswith(family)) if smoke else {}
+    return next(options for family, options in SMALL.items() if model.startswith(family))

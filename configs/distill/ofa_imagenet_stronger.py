@@ -3,7 +3,7 @@
 Command:    python -m launch.train --config configs/distill/ofa_imagenet_stronger.py:pair=vit_b-resnet50 \\
               --config.data.path=/data/imagenet --config.teacher.weights=vit_base_patch16_224.safetensors
             (":pair=" vit_b, swin_b or deit_t, "-resnet50"; ":eps=1.2", ":arms=kd+ofa", ":smoke")
-Hardware:   8 H200 about 6 h with ViT-B (estimated at 35 % MFU; not run here)
+Hardware:   8 H200 about 2.5 h with ViT-B (estimated at 35 % MFU; not run here)
 Published:  ResNet-50 of a ViT-B teacher 0.41 above that of a ResNet-152 teacher, the figures themselves not read
 """
 

@@ -4,7 +4,7 @@ Command:    python -m launch.train --config configs/distill/ofa_imagenet_tokens.
               --config.data.path=/data/imagenet --config.teacher.weights=resnet50_a1.safetensors
             (":pair=" resnet50, convnext_t or mixer_b, "-" deit_t or swin_n; resnet50, convnext_t or swin_t, "-"
             resmlp_s12; ":eps=1.2", ":arms=none+kd+ofa", ":smoke")
-Hardware:   8 H200 about 2 h (estimated at 35 % MFU; not run here)
+Hardware:   8 H200 about 1 h (estimated at 35 % MFU; not run here)
 Published:  top-1 of the best epoch, teacher / student alone -> KD, OFA
             DeiT-T (72.17):     ResNet-50 80.38 -> 75.10, 76.55; ConvNeXt-T 82.05 -> 74.00, 74.41; Mixer-B 76.62 ->
                                 74.16, 74.46

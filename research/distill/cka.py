@@ -12,9 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.distill.numerics import wide
-
-HIGHEST = jax.lax.Precision.HIGHEST  # Accelerators would multiply float32 in bfloat16.
+from research.distill.numerics import gram, wide
 
 
 class Sums(NamedTuple):
@@ -35,14 +33,14 @@ def _centred_gram(x: jax.Array, unbiased: bool) -> jax.Array:
     n = x.shape[0]
     # A common shift changes neither estimator, and costs digits if left in.
     x = x - jnp.mean(x, axis=0, keepdims=True)
-    gram = jnp.matmul(x, x.T, precision=HIGHEST)
+    products = gram(x, x)
     if not unbiased:
-        return gram.reshape(-1)
+        return products.reshape(-1)
     off = ~jnp.eye(n, dtype=jnp.bool_)
-    gram = jnp.where(off, gram, 0)
-    rows = jnp.sum(gram, axis=1, keepdims=True) / (n - 2)
+    products = jnp.where(off, products, 0)
+    rows = jnp.sum(products, axis=1, keepdims=True) / (n - 2)
     total = jnp.sum(rows) / (n - 1)
-    return jnp.where(off, gram - rows - rows.T + total, 0).reshape(-1)
+    return jnp.where(off, products - rows - rows.T + total, 0).reshape(-1)
 
 
 def sums(first: Sequence[jax.Array], second: Sequence[jax.Array], *, unbiased: bool = True) -> Sums:
@@ -64,7 +62,7 @@ def sums(first: Sequence[jax.Array], second: Sequence[jax.Array], *, unbiased: b
     rows, columns = wide(rows, columns)
     scale = n * (n - 3) if unbiased else (n - 1) ** 2
     own = lambda x: jnp.sum(jnp.square(x), axis=-1) / scale
-    return Sums(jnp.matmul(rows, columns.T, precision=HIGHEST) / scale, own(rows), own(columns))
+    return Sums(gram(rows, columns) / scale, own(rows), own(columns))
 
 
 def similarity(found: Sums) -> jax.Array:

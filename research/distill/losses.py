@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from research.distill import (
     adaptor_hints,
     ensembles,
+    gpt4image,
     ground_truth,
     hints,
     label_aware,
@@ -74,6 +75,7 @@ HINTS: dict[str, Callable[..., hints.Hint]] = {
     "crd": hints.crd,
     "review": hints.review,
     "ofa": ofa.hint,
+    "gpt4image": gpt4image.hint,
     "ctkd": logit_hints.ctkd,
     "uskd": logit_hints.uskd,
     "discriminator": logit_hints.discriminator,

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from research.distill import taps
 from research.distill.ground_truth import hard
-from research.distill.hints import Hint
+from research.distill.hints import Hint, zeros
 from research.distill.numerics import expected, wide
 from research.distill.ofa_branches import Branches
 
@@ -141,8 +141,7 @@ def hint(
         return Branches(*widths, classes, prefix, group, dtype), dict(zip(stages, found, strict=True))
 
     def init(key, student, teacher):
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (student, teacher))
-        branches, inputs = bind(*zeros)
+        branches, inputs = bind(zeros(student), zeros(teacher))
         variables = branches.init(key, inputs, train=False)
         return variables["params"], {"batch_stats": variables.get("batch_stats", {})}
 

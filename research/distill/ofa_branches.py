@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.backbones.swin import PatchMerging
-from research.layers.init import kaiming_fan_out
+from research.layers.init import kaiming_fan_out, torch_bias
 from research.layers.mlp import gelu
 from research.layers.norm import BatchNorm
 from research.layers.pool import global_mean
@@ -150,11 +150,6 @@ def merge_steps(patches: int) -> int:
     if side * side != patches or side % 2**steps:
         raise ValueError(f"ofa: {patches} tokens form no square grid whose side can be halved {steps} times")
     return steps
-
-
-def torch_bias(inputs: int):
-    """PyTorch's initialiser of a bias: uniform within 1/sqrt(inputs)."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -(inputs**-0.5), inputs**-0.5)
 
 
 # Official names (Hao840/OFAKD). The classifier of a map's branch comes after its convolutions, pooling and flattening.

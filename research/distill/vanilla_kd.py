@@ -23,7 +23,7 @@ from research.core import experiment as engine
 from research.core import metrics as metrics_lib
 from research.core import optim, schedules, scope, sharding
 from research.data import mixup
-from research.distill import hints, losses
+from research.distill import hints, losses, text_targets
 from research.port import checkpoint
 
 TEACHER = "teacher"
@@ -103,13 +103,16 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
       config: see configs.common and configs.distill.
       labels: gives the class of every training example, which CRD needs to draw negatives of other classes.
     Raises:
+      UserError: `teacher.text` of other data.
       ValueError: a teacher without weights, a distillation loss without a teacher, unknown losses or models.
     """
     arms = {name: _arm(student, config, labels) for name, student in config.students.items()}
     teacher = _teacher(config)
+    # Text rows stay on the host until `weights`: in `frozen` they are placed, and left out of checkpoints.
+    text = text_targets.load(config.teacher.text, config.data.num_examples) if config.teacher.get("text") else None
     if not arms:
         raise ValueError("students: no arm to train; add one, such as config.students.kd")
-    needy = [name for name, arm in arms.items() if arm.loss or arm.hint]
+    needy = [name for name, arm in arms.items() if arm.loss or (arm.hint and text is None)]
     if needy and teacher is None:
         raise ValueError(f"students.{needy[0]} distils without a teacher: set teacher.model, or loss and hint to ''")
     optimizers, rates = {}, {}
@@ -121,22 +124,27 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         for name, arm in arms.items():
             # All arms draw from one key: equal models start equal.
             own, model_state = arm.network.init(key)
-            adaptor, adaptor_state = _init_hint(arm, teacher, key)
+            adaptor, adaptor_state = _init_hint(arm, teacher, text, key)
             params[name] = {"model": own, "adaptor": adaptor}
             state[name] = {"model": model_state, "adaptor": adaptor_state}
         return params, state
 
     def frozen(key):
-        if teacher is None:
-            return {}
-        params, model_state = teacher.init(key)
-        return {"params": _cast(params, teacher.module.dtype), "model_state": model_state}
+        found = {}
+        if teacher is not None:
+            params, model_state = teacher.init(key)
+            found |= {"params": _cast(params, teacher.module.dtype), "model_state": model_state}
+        if text is not None:
+            found["text"] = {name: jnp.zeros(x.shape, x.dtype) for name, x in text._asdict().items()}
+        return found
 
     def weights():
         found = {}
         if teacher is not None and config.teacher.weights != RANDOM:
             params, model_state = _pretrained(config.teacher, teacher, config.data.num_classes)
             found["frozen"] = {"params": params, "model_state": model_state}
+        if text is not None:
+            found.setdefault("frozen", {})["text"] = text._asdict()
         for name, student in config.students.items():
             if student.weights:
                 params, model_state = _pretrained(student, arms[name].network, config.data.num_classes)
@@ -153,10 +161,14 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         images = classify.unit(batch["image"])
         images, mixed = mixup.mix(mix_key, images, batch["label"], smoothing=smoothings, **_mix(config))
         targets = dict(zip(smoothings, mixed, strict=True))
+        known, taught, fixed = None, {}, context.frozen
         if teacher is not None:
-            fixed = context.frozen
             known, taught, _ = teacher.apply(fixed["params"], fixed["model_state"], images)
             known, taught = jax.lax.stop_gradient((known, {**taught, "logits": known}))
+        if text is not None:
+            # A mixed image keeps the text of its own position, as in the published runs.
+            row = fixed["text"]["rows"][batch["index"]]
+            taught["text"] = fixed["text"]["embeddings"][row].astype(jnp.float32)
         total, new, metrics = 0.0, {}, {}
         for name, arm in arms.items():
             y = targets[arm.smoothing]
@@ -238,7 +250,7 @@ def _pretrained(part: Mapping, network: classify.Network, num_classes: int):
     return variables.pop("params"), variables
 
 
-def _init_hint(arm: Arm, teacher: classify.Network | None, key):
+def _init_hint(arm: Arm, teacher: classify.Network | None, text: text_targets.Targets | None, key):
     """(adaptor parameters, adaptor state) for the endpoints the two networks have; both empty without a hint."""
     if arm.hint is None:
         return {}, {}
@@ -248,7 +260,10 @@ def _init_hint(arm: Arm, teacher: classify.Network | None, key):
         logits, found, _ = jax.eval_shape(lambda images: network.apply(*network.init(key), images), images)
         return {**found, "logits": logits}
 
-    return arm.hint.init(key, endpoints(arm.network), endpoints(teacher))
+    taught = endpoints(teacher) if teacher is not None else {}
+    if text is not None:
+        taught["text"] = jax.ShapeDtypeStruct((2, text.embeddings.shape[1]), jnp.float32)
+    return arm.hint.init(key, endpoints(arm.network), taught)
 
 
 def _cast(params, dtype):

@@ -1,6 +1,7 @@
 """Initialisers of the published recipes that Flax has under no name of its own."""
 
 import functools
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,9 +12,12 @@ kaiming_fan_out = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 def torch_linear(features: int, inputs: int, **kwargs) -> nn.Dense:
     """A dense layer initialised as PyTorch's `Linear`: weight and bias uniform within 1/sqrt(inputs)."""
-    bound = inputs**-0.5
-    uniform = functools.partial(_uniform, bound=bound)
-    return nn.Dense(features, kernel_init=uniform, bias_init=uniform, **kwargs)
+    return nn.Dense(features, kernel_init=torch_bias(inputs), bias_init=torch_bias(inputs), **kwargs)
+
+
+def torch_bias(inputs: int) -> Callable:
+    """PyTorch's initialiser of a layer's bias: uniform within 1/sqrt(inputs), its fan-in."""
+    return functools.partial(_uniform, bound=inputs**-0.5)
 
 
 def _uniform(key, shape, dtype=jnp.float32, *, bound: float):

@@ -182,6 +182,7 @@ HINT_OPTIONS = {
     "crd": {"num_examples": EXAMPLES, "classes": np.arange(EXAMPLES) % 3, "dim": 4, "negatives": 3},
     "review": {"max_mid": 4, "warmup_epochs": 0},
     "ofa": {"stages": (1, 2)},
+    "gpt4image": {"teacher": "pooled"},
     "srrl": {"kernel": _draw(4, C), "bias": np.zeros(C, np.float32)},
     "ft": {"init_epochs": 1},
     "uskd": {"student": "stage2"},

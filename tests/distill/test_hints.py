@@ -41,6 +41,7 @@ OPTIONS = {
     "crd": {"num_examples": N, "classes": np.arange(N) % 3, "dim": 4, "negatives": 6},
     "review": {"max_mid": 5, "warmup_epochs": 0},
     "ofa": {"stages": (1, 2)},
+    "gpt4image": {"teacher": "pooled"},
     **dict.fromkeys(("at", "at_paper", "nst", "ab", "vid", "ofd", "mgd", "vitkd", "sp", "pkt", "ctkd"), {}),
     "fsp": TWINS,
     "kdsvd": TWINS,
