@@ -46,7 +46,7 @@ def ab(student: jax.Array, teacher: jax.Array, *, margin: float | jax.Array = 1.
 def margins(scale: jax.Array, bias: jax.Array) -> jax.Array:
     """E[x | x < 0] of x ~ N(bias, scale^2), per channel: what a batch norm's output is where ReLU cuts it off.
 
-    -3 scale where less than 0.1 % is cut off. Heo et al. 2019 (OFD), eq. 4, from the last batch norm before the map.
+    -3 scale where less than 0.1 % is cut off. Heo et al. 2019 (OFD), from the last batch norm before the map.
     """
     scale, bias = wide(jnp.abs(scale), bias)
     spread = scale > 0

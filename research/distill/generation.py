@@ -61,7 +61,7 @@ def spatial_mask(uniform: jax.Array, ratio: float | jax.Array = 0.65) -> jax.Arr
 
 
 def mgd(generated: jax.Array, teacher: jax.Array, *, alpha: float | jax.Array = 7e-5) -> jax.Array:
-    """alpha sum (generated - teacher)^2, (B,). Yang et al. 2022, eq. 3-4; alpha 2e-5 for dense tasks.
+    """alpha sum (generated - teacher)^2, (B,). Yang et al. 2022; alpha 2e-5 for dense tasks.
 
     Raises:
       ValueError: other sizes; MGD distils maps of equal sizes only.

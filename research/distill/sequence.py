@@ -107,7 +107,7 @@ def jsd(
     """beta KL(t || m) + (1 - beta) KL(s || m), m = beta t + (1 - beta) s: generalised JSD of GKD.
 
     The numbers 0 and 1 stand for KL(t || s) and KL(s || t), which are the limits of the divergence over beta and over
-    1 - beta; a traced `beta` lies strictly between. Agarwal et al. 2024, eq. 1, as in TRL.
+    1 - beta; a traced `beta` lies strictly between. Agarwal et al. 2024, as in TRL.
     """
     log_s, log_t, used = _log_probabilities(student, teacher, temperature)
     if not isinstance(beta, jax.Array) and math.isclose(beta, 0):
