@@ -26,8 +26,7 @@ def recipe(gpus: int, share: int) -> ConfigDict:
     c.data.path = "imagenet"
     c.data.num_classes = 1000
     c.data.workers = 16
-    # The text belongs to its image: none may stand in for another.
-    c.data.on_corrupt = "raise"
+    c.data.on_corrupt = "skip"
     c.eval.split = "val"
     c.mix.group = share
     c.save.every = 5.0
