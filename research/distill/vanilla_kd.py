@@ -11,6 +11,7 @@ arm without `loss` and `hint` is plain supervised training, and so the teacher o
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -70,9 +71,10 @@ def _arm(student: Mapping, config, labels: Callable[[], np.ndarray] | None) -> A
         options = dict(student.hint_options)
         if student.hint == "crd":
             options |= {"num_examples": config.data.num_examples, "classes": labels() if labels else None}
-        elif group:
+        builder = losses.pick(losses.HINTS, student.hint)
+        if group and "group" in inspect.signature(builder).parameters:  # the others look at examples one by one
             options["group"] = group
-        hint = losses.pick(losses.HINTS, student.hint)(**options)
+        hint = builder(**options)
     return Arm(
         network,
         _mean(label, False, None),
