@@ -8,6 +8,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("workdir")
 parser.add_argument("--steps", type=int, default=30)
 parser.add_argument("--save-every", type=int, default=5)
+parser.add_argument("--optimized", action="store_true", help="slow to compile, fast to run")
+parser.add_argument("--log-every", type=int, default=1)
 parser.add_argument("--devices", type=int, default=1)
 parser.add_argument("--mode", default="jit")
 parser.add_argument("--fsdp", type=int, default=1)
@@ -26,7 +28,9 @@ args = parser.parse_args()
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices} --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={args.devices}"
+if not args.optimized:
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import functools
 import signal
@@ -103,7 +107,7 @@ def main(argv):
         slow_store()
     axes = {"data": -1, "fsdp": args.fsdp}
     run = runner.build(toy.build(poison=args.poison), mode=args.mode, axes=axes, rules=[(".*", "fsdp")])
-    plan = loop.Plan(args.steps, toy.BATCH, log_every=1, save_every=args.save_every, stop_every=1)
+    plan = loop.Plan(args.steps, toy.BATCH, log_every=args.log_every, save_every=args.save_every, stop_every=1)
     checkpoints = Checkpoints(os.path.join(args.workdir, "checkpoints"))
     writer = Printing(args.workdir, steps=plan.steps, batch_size=plan.batch_size, tensorboard=False)
     state, _ = loop.fit(
