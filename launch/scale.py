@@ -150,6 +150,8 @@ def main(argv: list[str]) -> int:
             except UserError as error:
                 failures.append(str(error))
                 print(error, file=sys.stderr)
+            if options.output:  # at each point, as the next may take long
+                write(pathlib.Path(options.output), study_text(cache, studies, topologies))
     text = study_text(cache, studies, topologies)
     print(text)
     if options.output:
