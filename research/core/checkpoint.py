@@ -231,11 +231,12 @@ class Checkpoints:
         step, size = self._flying or (-1, 0)
         self._flying, self._failures = None, self._failures + 1
         free = None if storage.remote(self._folder) else shutil.disk_usage(self._folder).free
-        with contextlib.suppress(Exception):
-            self._manager.close()
         self._sweep()
-        self._manager = self._open()  # the old one remembers the step as saved, or as being saved
-        kept = self._newest()
+        if jax.process_count() == 1:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+            self._manager = self._open()  # the old one remembers the step as saved, or as being saved
+        kept = max((at for at in self._manager.all_steps() if at != step), default=None)
         left = f"the last good checkpoint is step {kept}" if kept is not None else "no checkpoint was written yet"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1][-200:]
         text = f"the checkpoint of step {step} could not be written to {self._folder}"

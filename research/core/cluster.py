@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -40,6 +41,7 @@ _LOST = (
     "unavailable:",
     "nccl",
 )
+_GRACE = 5.0  # seconds that a failed process has for a save under way
 _joining = threading.Event()
 _kept = []  # what C code points to
 
@@ -111,7 +113,15 @@ def guard() -> Iterator[None]:
         if isinstance(error, (RuntimeError, ValueError, OSError)) and lost(error):
             leave(f"lost another process ({_first_line(error)})")
         atexit.register(_exit, 1)  # runs before JAX's own farewell, which waits for everyone
+        threading.Thread(target=_end_with_main, daemon=True).start()
         raise
+
+
+def _end_with_main() -> None:
+    """Ends the process soon after its main thread: threads of a save under way may be waiting for other processes."""
+    threading.main_thread().join()
+    time.sleep(_GRACE)
+    _exit(1)
 
 
 def _first_line(error: BaseException) -> str:

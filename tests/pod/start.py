@@ -24,7 +24,7 @@ def start(workdir, *options, env=None) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
     """What the process wrote to stderr; its exit status is checked."""
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=200)
     assert process.returncode == status, errors
     return errors
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from research.core import writers
-from tests.pod.start import assert_identical, finish, go_on, reach, results, saved, start, until
+from tests.pod.start import assert_identical, finish, go_on, reach, results, saved, start, together, until
 
 SIZE = 3 << 20  # bytes of the file system: room for several checkpoints of the toy
 
@@ -122,6 +122,21 @@ def test_last_save_is_tried_again_and_its_failure_is_the_status(disk, straight, 
     switch(disk, "rw")
     finish(start(run))
     assert_identical(results(run), straight)
+
+
+def test_store_that_fails_one_of_two_processes_restarts_both(disk, tmp_path):
+    run = linked(tmp_path / "run", disk)
+    processes = together(run, 2, only={0: ("--pause-at", 13)})
+    reach(processes[0], "paused")
+    until(lambda: 10 in saved(run))
+    switch(disk, "ro")
+    go_on(processes[0])
+    assert "the checkpoint of step 15 could not be written" in finish(processes[0], status=42)
+    finish(processes[1], status=42)
+    switch(disk, "rw")
+    for process in together(run, 2):
+        finish(process)
+    assert saved(run) == [25, 30]
 
 
 def test_slow_store_does_not_stop_training(straight, tmp_path):
