@@ -267,7 +267,8 @@ def main(argv: list[str]) -> int:
     path, _, arg = options.config.partition(":")
     workdir = options.workdir or pathlib.Path("runs") / f"{pathlib.Path(path).stem}{'-' * bool(arg)}{arg}"
     steps = profile.parse(options.profile) if options.profile else None
-    run(config, workdir, executable=options.executable, steps=steps)
+    with cluster.guard():
+        run(config, workdir, executable=options.executable, steps=steps)
     return 0
 
 

@@ -1,5 +1,6 @@
 """One line for a mistake of the user, a traceback for a mistake of the code."""
 
+import errno
 import functools
 import os
 import pathlib
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 ENVIRONMENT = "STILLROOM_TRACEBACK"
 FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OWN = pathlib.Path(__file__).resolve().parents[2]
 _FOREIGN = [pathlib.Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "purelib", "platlib")]
 
@@ -21,10 +23,13 @@ class UserError(ValueError):
 def deliberate(error: BaseException) -> bool:
     """Whether `error` was raised for the user to read, rather than by a bug.
 
-    Errors about files and `UserError` are; a plain ValueError is when the statement that raised it is a `raise` of this
-    project or of the user's own files. One from inside JAX, NumPy or a built-in is a bug and keeps its traceback.
+    Errors about files, a full disk and `UserError` are; a plain ValueError is when the statement that raised it is a
+    `raise` of this project or of the user's own files. One from inside JAX, NumPy or a built-in is a bug and keeps its
+    traceback.
     """
     if isinstance(error, (*FILE_ERRORS, UserError)):
+        return True
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
         return True
     if not isinstance(error, ValueError) or error.__traceback__ is None:
         return False

@@ -7,6 +7,7 @@ students in one step writes `eval/<arm>/<metric>`; a run of one network writes `
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -83,7 +84,9 @@ class Run:
 
     def seconds(self) -> float | None:
         """Seconds from the first row to the last, evaluations included; pauses of a resumed run count too."""
-        return self.rows[-1]["time"] - self.rows[0]["time"] if len(self.rows) > 1 else None
+        times = [row["time"] for row in self.rows]
+        steps = (max(later - earlier, 0.0) for earlier, later in itertools.pairwise(times))  # a clock may be set back
+        return sum(steps) if len(times) > 1 else None
 
     def memory_gb(self) -> float | None:
         """Most memory in use, as logged."""

@@ -4,11 +4,13 @@ A local path stays a `pathlib.Path`; an address with a scheme becomes an `etils.
 object appears whole or not at all, but cannot be appended to: a log there is written again from memory, at intervals.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
 import secrets
 import time
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -59,10 +61,21 @@ def write(file: Path, content: str | bytes) -> None:
         return
     draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        draft.write_bytes(data)
-        os.replace(draft, file)
+        with _named(file):
+            draft.write_bytes(data)
+            os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Errors of writing say where, which those of a full disk do not by themselves."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(file)
+        raise
 
 
 def create(file: Path, text: str) -> bool:
@@ -102,7 +115,7 @@ class Log:
     def add(self, line: str) -> None:
         """Appends one line."""
         if not self._remote:
-            with self._file.open("a") as stream:
+            with _named(self._file), self._file.open("a") as stream:
                 stream.write(line + "\n")
             return
         self._lines.append(line)

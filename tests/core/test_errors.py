@@ -6,7 +6,7 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from research.core import errors
+from research.core import errors, storage
 
 
 def own_error():
@@ -16,6 +16,11 @@ def own_error():
 def file_error():
     with open("/nonexistent/data.zip"):
         pass
+
+
+def full_disk():
+    with storage._named("/dev/full"), open("/dev/full", "w") as file:
+        file.write("x")
 
 
 def user_error():
@@ -51,6 +56,7 @@ def run(function, *arguments):
     [
         (own_error, "train: --config.x: wrong; use y\n"),
         (file_error, "train: /nonexistent/data.zip: no such file or directory\n"),
+        (full_disk, "train: /dev/full: no space left on device\n"),
         (user_error, "train: a\nb\n"),
     ],
 )

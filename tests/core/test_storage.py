@@ -35,8 +35,9 @@ def test_write_is_whole_or_not_at_all(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError) as error:
             storage.write(file, "x" * 1000)
+        assert error.value.filename == str(file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert file.read_text() == "old" and storage.files(tmp_path) == [file]

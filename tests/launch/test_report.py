@@ -52,6 +52,15 @@ def three(tmp_path):
     return folder
 
 
+def test_a_clock_set_back_gives_no_negative_time(tmp_path):
+    write(tmp_path / "run", seed=0, top1={"none": 0.9})
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["time"] -= 7200.0 * (row["step"] >= 20)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runs.read(tmp_path / "run").seconds() == pytest.approx(16.0)  # of 21, as the jump itself is not known
+
+
 class Reader(html.parser.HTMLParser):
     """Checks that tags close in order and collects links, texts of table cells and identifiers."""
 
