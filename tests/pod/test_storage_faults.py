@@ -53,6 +53,12 @@ def linked(run, disk):
     return run
 
 
+def told(errors: str) -> str:
+    """The one message of the run; threads of Orbax and TensorStore may complain beside it as they end."""
+    (message,) = (line for line in errors.splitlines() if line.startswith("toy_run: "))
+    return message
+
+
 def test_full_disk(disk, straight, tmp_path):
     run = linked(tmp_path / "run", disk)
     process = start(run, "--pause-at", 13)
@@ -61,10 +67,10 @@ def test_full_disk(disk, straight, tmp_path):
     fill(disk, leave=60_000)
     go_on(process)
     errors = finish(process, status=1)
-    message = errors.strip().splitlines()[-1]
-    assert "toy_run: the checkpoint of step 15 could not be written" in message and "no space left" in message
+    message = told(errors)
+    assert "the checkpoint of step 15 could not be written" in message and "no space left" in message
     assert "bytes, " in message and "are left; the last good checkpoint is step 10" in message
-    assert "Traceback" not in errors
+    assert "/research/" not in errors  # no frame of ours
     assert [p.name for p in disk.iterdir() if "tmp" in p.name] == []
     assert saved(run)[-1] == 10
     assert "no space left" in finish(start(run), status=1)  # still full: the same message, and nothing is lost
@@ -100,7 +106,7 @@ def test_store_that_keeps_failing_ends_the_run(disk, straight, tmp_path):
     until(lambda: 5 in saved(run))
     switch(disk, "ro")
     go_on(process)
-    message = finish(process, status=1).strip().splitlines()[-1]
+    message = told(finish(process, status=1))
     assert "the checkpoint of step 20 could not be written" in message and "3 times in a row" in message
     assert "the last good checkpoint is step 5" in message and saved(run) == [5]
     switch(disk, "rw")
@@ -115,7 +121,7 @@ def test_last_save_is_tried_again_and_its_failure_is_the_status(disk, straight, 
     until(lambda: 25 in saved(run))
     switch(disk, "ro")
     go_on(process)
-    message = finish(process, status=1).strip().splitlines()[-1]
+    message = told(finish(process, status=1))
     assert "the checkpoint of step 30 could not be written" in message
     assert "the last good checkpoint is step 25" in message
     assert not (run / "params.npz").exists()
