@@ -165,7 +165,7 @@ def _launch(job: Job, options: Options) -> list[str]:
         "status=$?",
         "",
         'for file in "$statuses"/*; do',
-        '  [ -f "$file" ] || continue',
+        '  [ -s "$file" ] || continue',  # empty: its process was killed as it wrote
         '  one=$(cat "$file")',
         f"  if {FATAL.format('$one')}; then",
         '    echo "process ${file##*/} ended with status $one: not started again"',

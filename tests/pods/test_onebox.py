@@ -102,8 +102,8 @@ def test_a_killed_node_leads_to_a_restart_that_resumes_exactly(box, straight, tm
     job = Submitted(box, tmp_path, "killed", *SHORT)
     job.reached(60)
     box.kill_node("n1")
-    box.release(job.job)
     box.start_node("n1")
+    box.release(job.job)
     assert_identical(job, straight)
     assert box.restarts(job.job) >= 1  # started so soon, SLURM's late orders to the old job may hit the new one
     assert re.search(r"resumed at step \d*[1-9]\d*", job.log())
