@@ -23,12 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from research.core import config as configs
 from research.core import sweeps
-from research.core.errors import UserError, cli
+from research.core.errors import RESTART, UserError, cli
 from research.core.overrides import PREFIX
 
 AXIS = "--sweep."
 TRAINER = (sys.executable, "-m", "launch.train")
-STOPPED = 42  # a run that was told to stop and saved; so does the sweep that told it
 LOG = "log.txt"
 
 
@@ -44,7 +43,7 @@ class Children:
         """Runs one process to its end; its output goes to the log file and, line by line with a prefix, to `lines`."""
         with self._lock:
             if self.stopping:
-                return STOPPED
+                return RESTART
             child = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -95,13 +94,13 @@ def execute(
 
     def one(number: int, run: sweeps.Planned) -> int:
         if children.stopping:
-            return STOPPED
+            return RESTART
         folder = workdir / run.folder
         options = ["--config", plan.config, "--workdir", str(folder), *plan.base, *sweeps.overrides(run.overrides)]
         lines.put(f"[{number}/{len(pending)}] {run.folder}")
         start = time.monotonic()
         status = children.run([*trainer, *options], folder / LOG, f"{run.folder:<{width}} | ", lines)
-        outcome = {0: "done", STOPPED: "stopped"}.get(status, f"FAILED with status {status}")
+        outcome = {0: "done", RESTART: "stopped"}.get(status, f"FAILED with status {status}")
         lines.put(f"[{number}/{len(pending)}] {run.folder}: {outcome} after {time.monotonic() - start:.0f} s")
         return status
 
@@ -178,14 +177,14 @@ def main(argv: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> int
         return 0
     sweeps.save(workdir, plan, ["python", "-m", "launch.sweep", *argv])
     status = execute(workdir, plan, pending, trainer, options.parallel)
-    failed = [folder for folder, code in status.items() if code not in (0, STOPPED)]
+    failed = [folder for folder, code in status.items() if code not in (0, RESTART)]
     for folder in failed:
         print(f"sweep: {folder} failed; see {workdir / folder / LOG}", file=sys.stderr)
     if failed:
         return 1
-    if STOPPED in status.values():
+    if RESTART in status.values():
         print(f"sweep: stopped; resume with {shlex.join(['python', '-m', 'launch.sweep', *argv])}", file=sys.stderr)
-        return STOPPED
+        return RESTART
     print(f"all runs are finished; python -m launch.report {os.fspath(workdir)} makes the report")
     return 0
 

@@ -6,8 +6,8 @@ record with the state wanted before any array is touched: another model's checkp
 a damaged checkpoint falls back to the one before it.
 
 One save is in flight at a time: where the store is slower than the saves follow each other, the next one waits for it
-(so that at most the steps since the last save can be lost), and says so. A save that failed is warned about and tried
-again with the next one; a full disk, the run's last save, and TRIES failures in a row are errors.
+and says so; a kill thus loses the steps since the last save that ended, fewer than two periods. A failed save is warned
+about and tried again with the next one; a full disk, the run's last save, and TRIES failures in a row are errors.
 """
 
 import contextlib
@@ -193,9 +193,6 @@ class Checkpoints:
     def latest(self) -> int | None:
         """The newest step on disk."""
         self.wait()
-        return self._newest()
-
-    def _newest(self) -> int | None:
         return max(self._manager.all_steps(), default=None)
 
     def wait(self) -> None:

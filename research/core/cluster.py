@@ -20,11 +20,10 @@ from collections.abc import Iterator
 
 import jax
 
-from research.core.errors import UserError
+from research.core.errors import RESTART, UserError
 
 LOG = logging.getLogger(__name__)
 
-RESTART = 42  # exit status that asks the launcher to start the job again
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 # What the libraries below say when a process at the other end is gone.
@@ -93,10 +92,10 @@ def lost(error: BaseException) -> bool:
     return any(phrase in text for phrase in _LOST)
 
 
-def leave(reason: str, status: int = RESTART) -> None:
-    """Ends this process now, with one message; nothing that would wait for a lost process is run."""
-    LOG.critical("process %d: %s; exiting with status %d", jax.process_index(), reason, status)
-    _exit(status)
+def leave(reason: str) -> None:
+    """Ends this process now, with one message and status 42; nothing that would wait for a lost process is run."""
+    LOG.critical("process %d: %s; exiting with status %d", jax.process_index(), reason, RESTART)
+    _exit(RESTART)
 
 
 @contextlib.contextmanager

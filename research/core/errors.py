@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Callable
 
 ENVIRONMENT = "STILLROOM_TRACEBACK"
+RESTART = 42  # exit status of a job that asks its launcher to start it again: it has saved, or lost another process
 FILE_ERRORS = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _OWN = pathlib.Path(__file__).resolve().parents[2]

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from research.core import cluster
 from research.core import metrics as metrics_lib
 from research.core.checkpoint import Checkpoints, Progress, SaveFailed
-from research.core.cluster import RESTART
+from research.core.errors import RESTART
 from research.core.runner import Runner
 from research.core.watchdog import Watchdog
 from research.core.writers import Writer
@@ -218,7 +218,8 @@ def _fit(runner, plan, key, train_batches, eval_batches, checkpoints, writer, wa
             # An older evaluation says nothing of this state. What is saved last has to be on disk before the end.
             save(step, results if evaluating else None, final=stopping or step == plan.steps)
         if stopping and step < plan.steps:
-            LOG.warning("told to stop: step %d is saved, exiting with status %d", step, RESTART)
+            kept = f"step {step} is saved" if checkpoints else f"nothing is kept of {step} steps, as nothing is saved"
+            LOG.warning("told to stop: %s, exiting with status %d", kept, RESTART)
             raise Preempted()
     if first >= plan.steps and eval_batches is not None:
         results = evaluated(first)

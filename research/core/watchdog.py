@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from research.core import storage
-from research.core.cluster import RESTART
+from research.core.errors import RESTART
 
 LOG = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import pathlib
 from typing import NamedTuple
 
 from research.core.config import suggest
-from research.core.errors import UserError
+from research.core.errors import RESTART, UserError
 from research.pods import cloud, ship
-from research.pods.job import RESTART, Command, Job, Run, Step, bash, command, train
+from research.pods.job import Command, Job, Run, Step, bash, command, train
 from research.pods.records import Record
 
 # Machines with GPUs: the chip and xpk's name for the machine. The first of a chip is its usual one.

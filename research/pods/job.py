@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from research.core import storage
-from research.core.errors import UserError
+from research.core.errors import RESTART, UserError
 from research.pods.chips import Topology
 
-RESTART = 42
 LONGEST_NAME = 36  # leaves room for what the engines append to it
-FATAL = "[ {0} != 0 ] && [ {0} != 42 ] && [ {0} -lt 128 ]"  # shell test of an exit status that ends the job
+# Shell test of an exit status that ends the job.
+FATAL = f"[ {{0}} != 0 ] && [ {{0}} != {RESTART} ] && [ {{0}} -lt 128 ]"
 
 
 class Run(NamedTuple):

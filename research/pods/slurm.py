@@ -10,9 +10,9 @@ import pathlib
 import re
 from typing import NamedTuple
 
-from research.core.errors import UserError
+from research.core.errors import RESTART, UserError
 from research.pods import ship
-from research.pods.job import FATAL, RESTART, Command, Job, Step, arguments, bash, command, train
+from research.pods.job import FATAL, Command, Job, Step, arguments, bash, command, train
 from research.pods.records import Record
 
 

@@ -109,7 +109,6 @@ def test_dkd_needs_labels():
         dkd(STUDENT, TEACHER)
 
 
-
 @settings(max_examples=15, deadline=None)
 @given(scale=st.lists(st.floats(0.2, 1.0), min_size=B, max_size=B))
 def test_dist_within_rows_is_invariant_to_affine_maps_of_each_row(scale):

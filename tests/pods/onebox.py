@@ -105,6 +105,7 @@ class Onebox:
 
     def release(self, job: str) -> None:
         """Starts a requeued job now: SLURM holds it back for two minutes, for daemons that lag."""
+
         def started() -> bool:
             if self.state(job) == "PENDING":  # the delay is set when the last process has gone, maybe after this
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
