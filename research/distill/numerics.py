@@ -53,7 +53,7 @@ def warmup(epoch: jax.Array | float, epochs: float) -> jax.Array:
 
     mdistiller counts epochs from 1; loops that count from 0, as vanillaKD's, have a factor of 0 in their first epoch.
     """
-    return jnp.minimum(jnp.asarray(epoch) / epochs, 1.0) if epochs else jnp.ones(())
+    return jnp.minimum(jnp.asarray(epoch, float) / epochs, 1.0) if epochs else jnp.ones(())
 
 
 def at_least_two(loss: str, rows: int) -> None:
