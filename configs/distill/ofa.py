@@ -58,7 +58,7 @@ AFFINE = r"/(alpha|beta)$"  # stored as (1, 1, C) officially, which timm's rule 
 _TOKENS = dict(img_size=32, patch_size=8, embed_dim=12)
 SMALL = {
     "resnet": imagenet.CONV_SMALL,
-    "mobilenet": dict(groups=((1, 8, 1, 1), *[(2, 8, 1, 2)] * 4), stem=8, head=16),
+    "mobilenet": dict(stages=(("ds_r1_k3_s1_c8",), *[("ir_r1_k3_s2_e2_c8",)] * 4), stem=8, head=16),
     "convnext": dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
     "swin": dict(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
     **dict.fromkeys(("vit", "deit"), {**_TOKENS, "depth": 6, "num_heads": 3}),

@@ -18,7 +18,20 @@ from typing import NamedTuple
 
 from flax import linen as nn
 
-FAMILIES = ("resnet", "cifar_resnet", "cifar_wrn", "cifar_vgg", "vit", "beit", "convnext", "mixer", "swin", "mobilenet")
+FAMILIES = (
+    "resnet",
+    "cifar_resnet",
+    "cifar_wrn",
+    "cifar_vgg",
+    "vit",
+    "beit",
+    "convnext",
+    "mixer",
+    "swin",
+    "mobilenet",
+    "mobilenet_v3",
+    "efficientnet",
+)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)

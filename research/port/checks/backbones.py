@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 
-from research.backbones import convnext, mobilenet, resnet
+from research.backbones import convnext, efficientnet, mobilenet_v3, resnet
 from research.port.checks import common, transformers
 from research.port.names import to_official
 from research.port.verify import Golden
@@ -45,22 +45,29 @@ def check_convnext(golden: Golden) -> dict:
     return common.run(golden, convnext, convnext.build(**arguments(golden)), endpoint)[0]
 
 
-def check_mobilenetv2(golden: Golden) -> dict:
-    """Groups are written as timm's `ir_r2_k3_s2_e6_c24`; the last convolution's width is stated as it is."""
-    kwargs, groups = golden.kwargs, []
-    for (text,) in kwargs["arch_def"]:
-        kind, *numbers = text.split("_")
-        found = {part[0]: int(part[1:]) for part in numbers}
-        groups.append((found["e"] if kind == "ir" else 1, found["c"], found["r"], found["s"]))
-    model = mobilenet.build(
+def _mobile(golden: Golden, family) -> dict:
+    """Networks of timm's block notation; first and last convolution have the widths the weights show."""
+    kwargs = golden.kwargs
+    model = family.build(
+        stages=tuple(tuple(rows) for rows in kwargs["arch_def"]),
         width=kwargs.get("channel_multiplier", 1.0),
-        groups=tuple(groups),
-        stem=kwargs.get("stem_size", 32),
+        stem=golden.w["conv_stem.weight"].shape[0],
         head=golden.w["conv_head.weight"].shape[0],
+        act={"swish": "silu"}.get(kwargs["act"], kwargs["act"]),
+        pad_type=kwargs.get("pad_type", ""),
+        bn_eps=kwargs.get("bn_eps", 1e-5),
         num_classes=golden.w["classifier.weight"].shape[0],
         dtype=jnp.float64,
     )
-    return common.run(golden, mobilenet, model, lambda module: module)[0]
+    return common.run(golden, family, model, lambda module: module)[0]
+
+
+def check_efficientnet(golden: Golden) -> dict:
+    return _mobile(golden, efficientnet)
+
+
+def check_mobilenetv3(golden: Golden) -> dict:
+    return _mobile(golden, mobilenet_v3)
 
 
 CHECKS = {
@@ -70,7 +77,10 @@ CHECKS = {
     "resnet_train_mode": check_resnet_train,
     "convnext": check_convnext,
     "convnextv2": check_convnext,
-    "mobilenetv2": check_mobilenetv2,
+    "mobilenetv2": check_efficientnet,
+    "mobilenetv3": check_mobilenetv3,
+    "efficientnet": check_efficientnet,
+    "efficientnet_tf": check_efficientnet,
     "vit": transformers.check_vit,
     "deit_distilled": transformers.check_deit_distilled,
     "deit3": transformers.check_vit,
