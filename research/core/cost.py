@@ -1,10 +1,11 @@
 """What a function costs: parameters, multiply-adds, FLOPs, bytes and memory, whole or by layer.
 
-Two kinds of count. `macs` and `by_layer` read the jaxpr and count multiply-adds of matrix products and convolutions:
-the convention of the papers' tables, independent of compiler and device. `compiled_cost` asks XLA what the compiled
-program does on its device.
+Two kinds of count. `macs`, `operations` and `by_layer` read the jaxpr and count multiply-adds of matrix products and
+convolutions: the convention of the papers' tables, independent of compiler and device. `compiled_cost` asks XLA what
+the compiled program does on its device.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -18,15 +19,21 @@ from research.core.peaks import mfu, peak_bandwidth, peak_flops
 __all__ = [
     "Cost",
     "Layer",
+    "Operations",
+    "binary_scope",
     "by_layer",
     "compiled_cost",
     "cost_of",
     "macs",
     "mfu",
+    "operations",
     "params_count",
     "peak_bandwidth",
     "peak_flops",
 ]
+
+
+_BINARY = "binary_operands"
 
 
 class Cost(NamedTuple):
@@ -45,11 +52,24 @@ class Cost(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """One row of `by_layer`: a module path (`stage1/block0`), its parameters and multiply-adds."""
+    """One row of `by_layer`: a module path (`stage1/block0`), parameters, multiply-adds, and how many are binary."""
 
     path: str
     params: int
     macs: int
+    binary: int = 0
+
+
+class Operations(NamedTuple):
+    """Multiply-adds by the kind of their operands; a processor does 64 of one bit in the time of a real one."""
+
+    binary: int
+    real: int
+
+    @property
+    def total(self) -> float:
+        """OPs, `binary / 64 + real`, the measure of binary networks (Liu et al. 2018, Bi-Real Net, section 4.4)."""
+        return self.binary / 64 + self.real
 
 
 def params_count(tree) -> int:
@@ -73,6 +93,19 @@ def macs(fn: Callable, *args, **kwargs) -> int:
       ValueError: a product inside a loop with an unknown number of iterations.
     """
     return sum(count for _, count in _products(_trace(fn, args, kwargs)))
+
+
+def binary_scope(binary: bool = True):
+    """A context in which a layer traces its products of one-bit operands, so that `operations` knows them."""
+    return jax.named_scope(_BINARY) if binary else contextlib.nullcontext()
+
+
+def operations(fn: Callable, *args, **kwargs) -> Operations:
+    """What `macs` counts, split into products traced in a `binary_scope` and others; arguments and errors as there."""
+    counts = [0, 0]
+    for scope, count in _products(_trace(fn, args, kwargs)):
+        counts[_BINARY not in scope] += count
+    return Operations(*counts)
 
 
 def by_layer(module, *args, depth: int | None = None, **kwargs) -> list[Layer]:
@@ -100,10 +133,12 @@ def by_layer(module, *args, depth: int | None = None, **kwargs) -> list[Layer]:
         path = ()
         for name in scope:  # scopes of functions, and of modules without variables, count for their parents
             path += (name,) if (*path, name) in modules else ()
-        return rows.setdefault("/".join(path[:depth]), [0, 0])
+        return rows.setdefault("/".join(path[:depth]), [0, 0, 0])
 
     for scope, count in _products(jaxpr):
-        row(scope[1:])[1] += count  # the outermost scope is the module itself
+        counts = row(scope[1:])  # the outermost scope is the module itself
+        counts[1] += count
+        counts[2] += count * (_BINARY in scope)
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.get("params", {})):
         row(str(k.key) for k in path[:-1])[0] += math.prod(leaf.shape)
     return [Layer(path, *counts) for path, counts in rows.items()]
