@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -27,7 +28,7 @@ from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
 from research.core.watchdog import Watchdog
-from research.data import pipeline, sources, transforms
+from research.data import labelled_views, pipeline, sources, transforms, views
 from research.pods import aot
 from research.port import checkpoint
 
@@ -41,7 +42,7 @@ class Data(NamedTuple):
 
     train: sources.Source
     eval: sources.Source
-    train_transform: transforms.Train
+    train_transform: Callable[[dict, np.random.Generator], dict]
     eval_transform: transforms.Eval
 
 
@@ -56,6 +57,9 @@ def open_data(config: ConfigDict) -> Data:
             f"eval.split: {held_out.name} has {held_out.num_classes} classes, {train.name} has {train.num_classes}"
         )
     train_transform = transforms.build(train=True, **config.augment)
+    if stored := config.get("teacher", {}).get("labels"):
+        mixing = views.Mixing(**{key: config.mix[key] for key in views.MIX})
+        train_transform = labelled_views.transform_of(stored, train, train_transform, mixing)
     eval_transform = transforms.build(train=False, size=config.eval.size, crop=config.eval.crop)
     return Data(train, held_out, train_transform, eval_transform)
 
@@ -128,7 +132,7 @@ def batches(config: ConfigDict, data: Data) -> tuple[Callable[[int], Iterator], 
 def with_teacher(config: ConfigDict, workdir: storage.Path) -> ConfigDict:
     """The config with `teacher.weights` set to where its recipe leaves them, if it names a recipe and no weights."""
     t = config.get("teacher")
-    if not (t and t.model) or t.weights:
+    if not (t and t.model) or t.weights or t.get("labels"):
         return config
     if not t.recipe:
         raise UserError(f"teacher.weights: not set; give a checkpoint of {t.model}, or teacher.recipe to train one")

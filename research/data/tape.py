@@ -24,6 +24,10 @@ _ALL = 1 << 32
 _STEP, _MIX = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64
 
 
+class Mismatch(ValueError):
+    """A transform asks for other draws than were recorded."""
+
+
 class Tape(NamedTuple):
     """Recorded draws.
 
@@ -130,7 +134,7 @@ class Player(_Draws):
     """Gives the draws of a tape in the place of random ones.
 
     Raises:
-      ValueError: (from a draw, or from `close`) other draws are asked for than were recorded.
+      Mismatch: (from a draw, or from `close`) other draws are asked for than were recorded.
     """
 
     def __init__(self, tape: Tape):
@@ -141,15 +145,15 @@ class Player(_Draws):
         kinds, words = self._tape.kinds[first : self._next], self._tape.words[first : self._next]
         if kinds != bytes([kind]) * count:
             there = _NAMES.get(kinds[0], "something else") if kinds else "nothing more"
-            raise ValueError(f"draw {first + 1} asks for {_NAMES[kind]}, recorded is {there}")
+            raise Mismatch(f"draw {first + 1} asks for {_NAMES[kind]}, recorded is {there}")
         if words and max(words) >= below:
-            raise ValueError(f"draw {first + 1} asks for {_NAMES[kind]} below {below}, recorded is {max(words)}")
+            raise Mismatch(f"draw {first + 1} asks for {_NAMES[kind]} below {below}, recorded is {max(words)}")
         return list(words)
 
     def close(self) -> None:
-        """Says that no draw will follow; raises ValueError where some were not asked for."""
+        """Says that no draw will follow; raises Mismatch where some were not asked for."""
         if self._next != len(self._tape.kinds):
-            raise ValueError(f"{self._next} draws are asked for, {len(self._tape.kinds)} are recorded")
+            raise Mismatch(f"{self._next} draws are asked for, {len(self._tape.kinds)} are recorded")
 
 
 def record(transform: Callable[[dict, Recorder], dict], example: dict, rng: np.random.Generator) -> tuple[dict, Tape]:
@@ -162,7 +166,7 @@ def replay(transform: Callable[[dict, Player], dict], example: dict, tape: Tape)
     """`transform` of the same example with the draws of a tape: the result it was recorded with.
 
     Raises:
-      ValueError: the transform, or the example, is another one and asks for other draws.
+      Mismatch: the transform, or the example, is another one and asks for other draws.
     """
     player = Player(tape)
     result = transform(example, player)

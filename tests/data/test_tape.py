@@ -103,16 +103,16 @@ def test_recorded_draws_have_the_generators_distributions():
 )
 def test_other_options_are_refused(other, message):
     made = tape.record(transforms.build(train=True, size=16), EXAMPLE, np.random.default_rng(0))[1]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(tape.Mismatch, match=message):
         tape.replay(transforms.build(train=True, size=16, **other), EXAMPLE, made)
 
 
 def test_draws_left_over_numbers_out_of_range_and_cut_bytes_are_refused():
     auto = transforms.build(train=True, size=16, auto="rand-m9-n2")
     made = tape.record(auto, EXAMPLE, np.random.default_rng(0))[1]
-    with pytest.raises(ValueError, match=r"8 draws are asked for, \d+ are recorded"):
+    with pytest.raises(tape.Mismatch, match=r"8 draws are asked for, \d+ are recorded"):
         tape.replay(transforms.build(train=True, size=16), EXAMPLE, made)
-    with pytest.raises(ValueError, match="draw 1 asks for an integer below 2, recorded is 5"):
+    with pytest.raises(tape.Mismatch, match="draw 1 asks for an integer below 2, recorded is 5"):
         tape.Player(tape.Tape(b"i", (5,))).integers(2)
     with pytest.raises(ValueError, match="a tape of"):
         tape.unpack(tape.pack(made)[:-1])
