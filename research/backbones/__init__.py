@@ -32,6 +32,7 @@ FAMILIES = (
     "mobilenet_v3",
     "efficientnet",
     "bimlp",
+    "vanillanet",
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -21,7 +21,7 @@ def optimizer(
     no_decay: Sequence[str] = (),
     decay_anyway: Sequence[str] = (),
     clip: float = 0.0,
-    lr_scale: Callable[[str], float] | None = None,
+    lr_scale: Callable[[str], float] | Mapping | None = None,
     momentum: float = 0.9,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -40,7 +40,8 @@ def optimizer(
       weight_decay: added to the gradient by SGD; decoupled, times the learning rate, in the others.
       no_decay, decay_anyway: regular expressions on parameter paths that correct the rule of `decayed`.
       clip: largest global norm of the gradients; 0 leaves them.
-      lr_scale: parameter path -> factor on its learning rate, such as `layer_decay` gives.
+      lr_scale: parameter path -> factor on its learning rate, such as `layer_decay` gives; or, as in a config, the
+        arguments of `layer_decay` by name.
       momentum: of SGD.
       b1, b2, eps: decay rates and denominator's offset of AdamW (eps 1e-8) and LAMB (1e-6).
       max_grad_norm: of LAMB; 0 switches it off.
@@ -60,7 +61,8 @@ def optimizer(
     }
     if name not in rules:
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(rules)}")
-    scale = _scale_by_path(lr_scale) if lr_scale else optax.identity()
+    factor = lr_scale if callable(lr_scale) or not lr_scale else layer_decay(**lr_scale)
+    scale = _scale_by_path(factor) if factor else optax.identity()
     return _any_promotion(optax.chain(_clip(clip), *rules[name](), scale, optax.scale_by_learning_rate(lr)))
 
 

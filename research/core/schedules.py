@@ -17,6 +17,7 @@ def schedule(
     warmup_epochs: float = 0.0,
     warmup_lr: float = 0.0,
     warmup_prefix: bool = False,
+    warmup_reaches: bool = False,
     per_step: bool = False,
     min_lr: float = 0.0,
     decay_epochs: float = 30.0,
@@ -35,6 +36,8 @@ def schedule(
       warmup_epochs, warmup_lr: linear rise from `warmup_lr` to `lr`.
       warmup_prefix: False, as in timm: the decay has been running under the warm-up, so that after W warm-up epochs it
         stands at epoch W. True, as in big_vision and optax: it starts after the warm-up and takes the remaining epochs.
+      warmup_reaches: False: the warm-up heads for `lr` at the first step after it. True, as in ConvNeXt's and
+        VanillaNet's code (a `linspace`): its own last step (or epoch, without `per_step`) has `lr` already.
       per_step: False, as in timm: the rate is constant within an epoch. True: it changes with every step.
       min_lr: end of the cosine; the other decays stop there too.
     Raises:
@@ -57,7 +60,8 @@ def schedule(
     }
     if name not in curves:
         raise ValueError(f"unknown schedule {name!r}: choose one of {', '.join(curves)}")
-    curve, slope = curves[name], (lr - warmup_lr) / warmup_epochs if warmup_epochs else 0.0
+    rise = warmup_epochs - (1 / steps_per_epoch if per_step else 1) * warmup_reaches
+    curve, slope = curves[name], (lr - warmup_lr) / rise if rise > 0 else 0.0
 
     def rate(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step)

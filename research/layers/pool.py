@@ -29,3 +29,19 @@ def avg_pool_ceil(x: jax.Array) -> jax.Array:
 def global_mean(x: jax.Array) -> jax.Array:
     """(B, H, W, C) -> (B, C), summed in float32 or better, in the dtype of `x`."""
     return jnp.mean(x, axis=(1, 2))
+
+
+def adaptive_max_pool(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """Maxima over `size` windows that cover the map evenly, (B, H, W, C) -> (B, *size, C).
+
+    PyTorch's `AdaptiveMaxPool2d`: window i of n along an axis of length L is [floor(i L / n), ceil((i + 1) L / n)), so
+    neighbours overlap where n does not divide L.
+    """
+    for axis, count in zip((1, 2), size, strict=True):
+        length = x.shape[axis]
+        starts = np.arange(count) * length // count
+        ends = -(-np.arange(1, count + 1) * length // count)
+        # Shorter windows meet their last entry again, which is as good as once.
+        where = np.minimum(starts[:, None] + np.arange(np.max(ends - starts))[None], ends[:, None] - 1)
+        x = jnp.max(jnp.take(x, jnp.asarray(where), axis=axis), axis=axis + 1)
+    return x

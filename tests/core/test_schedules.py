@@ -68,3 +68,11 @@ def test_optax_accepts_it_on_a_traced_step():
 def test_bad_options_are_errors(name, options, problem):
     with pytest.raises(ValueError, match=problem):
         rates(name, **options)
+
+
+def test_a_warm_up_that_reaches_its_rate_in_its_last_step():
+    options = dict(lr=1.0, steps=100, steps_per_epoch=10, warmup_epochs=2, warmup_prefix=True, warmup_reaches=True)
+    rate = schedules.schedule("cosine", **options, per_step=True)
+    np.testing.assert_allclose([rate(s) for s in range(21)], [*np.linspace(0, 1, 20), 1.0], rtol=1e-6)
+    rate = schedules.schedule("cosine", **options)
+    np.testing.assert_allclose([rate(s) for s in (0, 9, 10, 19, 20)], [0, 0, 1, 1, 1])
