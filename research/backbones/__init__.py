@@ -31,6 +31,7 @@ FAMILIES = (
     "mobilenet",
     "mobilenet_v3",
     "efficientnet",
+    "ghostnet",
     "bimlp",
     "vanillanet",
 )

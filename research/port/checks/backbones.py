@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 
-from research.backbones import convnext, efficientnet, mobilenet_v3, resnet
+from research.backbones import convnext, efficientnet, ghostnet, mobilenet_v3, resnet
 from research.port.checks import common, transformers
 from research.port.names import to_official
 from research.port.verify import Golden
@@ -70,6 +70,14 @@ def check_mobilenetv3(golden: Golden) -> dict:
     return _mobile(golden, mobilenet_v3)
 
 
+def check_ghostnet(golden: Golden) -> dict:
+    kwargs = {k: v for k, v in arguments(golden).items() if k not in ("head_channels", "note")}
+    cfgs = tuple(tuple(tuple(row) for row in rows) for rows in kwargs.pop("cfgs"))
+    model = ghostnet.build(cfgs=cfgs, head=golden.w["conv_head.weight"].shape[0], **kwargs)
+    last = f"blocks.{len(cfgs)}"
+    return common.run(golden, ghostnet, model, lambda module: "features" if module == last else module)[0]
+
+
 CHECKS = {
     "resnet_basic": check_resnet,
     "resnet_bottleneck": check_resnet,
@@ -81,6 +89,8 @@ CHECKS = {
     "mobilenetv3": check_mobilenetv3,
     "efficientnet": check_efficientnet,
     "efficientnet_tf": check_efficientnet,
+    "ghostnetv1": check_ghostnet,
+    "ghostnetv2": check_ghostnet,
     "vit": transformers.check_vit,
     "deit_distilled": transformers.check_deit_distilled,
     "deit3": transformers.check_vit,
