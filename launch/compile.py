@@ -30,6 +30,7 @@ from research.core import config as configs
 from research.core import runner, sharding
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
+from research.data import labelled_views
 from research.pods import aot, chips, fit, measure, tables
 from research.pods.chips import Topology
 from research.pods.measure import Measured
@@ -94,17 +95,21 @@ def find_data(config: ConfigDict, examples: int) -> train.Data:
 
 
 def batch_shapes(config: ConfigDict, step: str, rows: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `research.data.pipeline` gives to a step: images, labels, indices and the mask of real examples."""
+    """What `research.data.pipeline` gives to a step: images, labels, indices, the mask, and labels that are stored."""
     train_step = step == "train"
     size = config.augment.size if train_step else config.eval.size
     count = config.batch_size if train_step else config.eval.batch_size or config.batch_size
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=rows)
-    return {
+    found = {
         "image": of(jnp.uint8, size, size, 3),
         "label": of(jnp.int32),
         "index": of(jnp.int32),
         "mask": of(jnp.float32),
     }
+    stored = config.get("teacher", {}).get("labels")
+    if train_step and stored:
+        found |= {name: of(dtype, *shape) for name, (dtype, shape) in labelled_views.fields(stored).items()}
+    return found
 
 
 def prepare(config: ConfigDict, devices: list[jax.Device], examples: int = 0) -> Prepared:

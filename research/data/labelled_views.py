@@ -61,6 +61,16 @@ def check(made: dict, path: str, source: Source, transform: transforms.Train, mi
                 raise UserError(f"{group}.{key}: {value}, but {path} was made with {was}: set it so, or {again}")
 
 
+def fields(path: str) -> dict[str, tuple[type, tuple[int, ...]]]:
+    """{name: (dtype, shape of one example)} of what labels in `path` add to a batch."""
+    made = label_files.Labels(path).made
+    classes = made["data"]["num_classes"]
+    kept = classes if made["form"] == label_files.MAPS else made["top"]
+    found = {"partner": (np.int32, ()), "lam": (np.float32, ()), "known_lse": (np.float32, ())}
+    found["known_logp"] = (np.float32, (kept,))
+    return found | ({"known_classes": (np.int32, (kept,))} if kept < classes else {})
+
+
 def transform_of(path: str, source: Source, transform: transforms.Train, mixing: views.Mixing):
     """The training transform that replays the stored views in `path`, or pools its label maps for new ones.
 

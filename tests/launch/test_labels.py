@@ -17,7 +17,7 @@ from launch import labels, train
 from research.backbones import classify
 from research.core import config as configs
 from research.core.errors import UserError
-from research.data import label_files, label_maps, pipeline, tape, transforms
+from research.data import label_files, label_maps, labelled_views, pipeline, tape, transforms
 from research.data.sources import source
 from research.distill import stored
 
@@ -109,6 +109,8 @@ def test_stored_logits_are_the_teachers_on_the_views_that_training_sees(config, 
     assert sorted(batch) == ["image", "index", "known_logp", "known_lse", "label", "lam", "mask", "partner"]
     logits, _, _ = network.apply(*network.init(jax.random.PRNGKey(0)), classify.unit(batch["image"]))
     np.testing.assert_allclose(stored.known(batch, 10), logits, rtol=1e-4, atol=1e-5)
+    told = labelled_views.fields(made)
+    assert {key: (batch[key].dtype, batch[key].shape[1:]) for key in told} == told
     assert 0 < np.sum(batch["partner"] != batch["label"]) < 64 and 0 <= batch["lam"].min() < batch["lam"].max() <= 1
 
 
