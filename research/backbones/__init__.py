@@ -28,6 +28,7 @@ FAMILIES = (
     "convnext",
     "mixer",
     "swin",
+    "swin_v2",
     "mobilenet",
     "mobilenet_v3",
     "efficientnet",

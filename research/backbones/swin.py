@@ -5,11 +5,10 @@ Source: Liu et al. 2021 (arXiv 2103.14030). Arguments and official names are tim
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from research.backbones import Input
-from research.layers import drop
+from research.layers import drop, windows
 from research.layers.attention import Attention
 from research.layers.dense import Dense
 from research.layers.drop import Dropout, DropPath
@@ -20,47 +19,13 @@ from research.layers.position import RelativePositionBias
 from research.layers.remat import rematerialised
 
 EPSILON = 1e-5
-# What the official network adds to the scores of tokens that only the cyclic shift made neighbours.
-OTHER_REGION = -100.0
-
 normal = nn.initializers.normal(0.02)
-
-
-def partition(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-    """Windows of a map: (B, H, W, C) -> (B, windows, tokens of a window, C), both in row-major order."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // window[0], window[0], width // window[1], window[1], channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, window[0] * window[1], channels)
-
-
-def merge(windows: jax.Array, window: tuple[int, int], size: tuple[int, int]) -> jax.Array:
-    """The map of `size` (H, W) whose `partition` is `windows`."""
-    batch, _, _, channels = windows.shape
-    x = windows.reshape(batch, size[0] // window[0], size[1] // window[1], *window, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, *size, channels)
-
-
-def shift_mask(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> jax.Array:
-    """What to add to the scores within each window of a map rolled by `shift`: (windows, tokens, tokens) float32.
-
-    Tokens that the roll brought together from opposite sides of the image do not see each other.
-    """
-
-    def band(side, window, shift):
-        edges = (side - window, side - shift) if shift else ()
-        return np.searchsorted(edges, np.arange(side), side="right")
-
-    rows, columns = (band(*axis) for axis in zip(size, window, shift, strict=True))
-    regions = jnp.asarray(3 * rows[:, None] + columns, jnp.int32)[None, :, :, None]
-    regions = partition(regions, window)[0, :, :, 0]
-    return jnp.where(regions[:, :, None] == regions[:, None, :], 0.0, OTHER_REGION)
 
 
 class Block(nn.Module):
     """Attention in (shifted) windows, then an MLP, each on normalised maps and added: (B, H, W, C) -> (B, H, W, C).
 
-    The window is cut to the map, and a map no larger than its window is not shifted. Maps are rolled first and padded
-    with zeros to whole windows afterwards; padding takes part in the attention, as in the official network.
+    The window is cut to the map, and a map no larger than its window is not shifted; see `research.layers.windows`.
 
     Fields:
       window: (rows, columns) of a window.
@@ -85,21 +50,10 @@ class Block(nn.Module):
         return x + DropPath(self.drop_path)(y, train)
 
     def _attend(self, x: jax.Array) -> jax.Array:
-        size = x.shape[1:3]
-        window = tuple(min(side, w) for side, w in zip(size, self.window, strict=True))
-        half = [w // 2 if self.shifted and side > w else 0 for side, w in zip(size, self.window, strict=True)]
-        shift = tuple(half)
-        x = jnp.roll(x, (-shift[0], -shift[1]), axis=(1, 2)) if any(shift) else x
-        padding = [-side % w for side, w in zip(size, window, strict=True)]
-        x = jnp.pad(x, ((0, 0), (0, padding[0]), (0, padding[1]), (0, 0))) if any(padding) else x
-        padded = x.shape[1:3]
-
-        bias = RelativePositionBias(window, self.num_heads, init=normal, name="position")()
-        if any(shift):
-            bias = bias[None] + shift_mask(padded, window, shift).astype(bias.dtype)[:, None]
+        layout = windows.layout(x.shape[1:3], self.window, self.shifted)
+        bias = RelativePositionBias(layout.window, self.num_heads, init=normal, name="position")()
         attn = Attention(self.num_heads, self.qkv_bias, dtype=self.dtype, name="attn")
-        x = merge(attn(partition(x, window), bias), window, padded)[:, : size[0], : size[1]]
-        return jnp.roll(x, shift, axis=(1, 2)) if any(shift) else x
+        return windows.attended(x, layout, bias, attn)
 
 
 class PatchMerging(nn.Module):
@@ -110,12 +64,7 @@ class PatchMerging(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        batch, height, width, channels = x.shape
-        x = jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
-        x = x.reshape(batch, (height + 1) // 2, 2, (width + 1) // 2, 2, channels)
-        # Neighbours (row, column) in the order (0, 0), (1, 0), (0, 1), (1, 1).
-        x = x.transpose(0, 1, 3, 4, 2, 5).reshape(batch, (height + 1) // 2, (width + 1) // 2, 4 * channels)
-        x = LayerNorm(EPSILON, self.dtype, name="norm")(x)
+        x = LayerNorm(EPSILON, self.dtype, name="norm")(windows.neighbours(x))
         return Dense(self.features, False, self.dtype, kernel_init=normal, name="reduction")(x)
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from research.backbones import swin
 from research.core import optim
+from research.layers import windows
 from research.port import names
 
 SMALL = {"img_size": (28, 20), "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 4), "window_size": 3}
@@ -46,10 +47,10 @@ def test_windows_are_cut_to_the_map(images):
 
 def test_partition_makes_windows_and_merge_undoes_it():
     x = jnp.arange(2 * 6 * 8 * 3).reshape(2, 6, 8, 3)
-    windows = swin.partition(x, (3, 2))
-    assert windows.shape == (2, 8, 6, 3)
-    np.testing.assert_array_equal(windows[1, 5], x[1, 3:6, 2:4].reshape(6, 3))
-    np.testing.assert_array_equal(swin.merge(windows, (3, 2), (6, 8)), x)
+    cut = windows.partition(x, (3, 2))
+    assert cut.shape == (2, 8, 6, 3)
+    np.testing.assert_array_equal(cut[1, 5], x[1, 3:6, 2:4].reshape(6, 3))
+    np.testing.assert_array_equal(windows.merge(cut, (3, 2), (6, 8)), x)
 
 
 @pytest.mark.parametrize("shift", [(2, 1), (2, 0), (0, 1)])
@@ -57,10 +58,10 @@ def test_mask_parts_exactly_what_the_roll_brought_together(shift):
     size, window = (8, 6), (4, 3)
     where = np.stack(np.mgrid[: size[0], : size[1]], axis=-1)
     rolled = np.roll(where, (-shift[0], -shift[1]), axis=(0, 1))
-    cells = np.asarray(swin.partition(jnp.asarray(rolled)[None], window))[0]
+    cells = np.asarray(windows.partition(jnp.asarray(rolled)[None], window))[0]
     apart = np.abs(cells[:, :, None] - cells[:, None]) >= np.asarray(window)
     expected = np.where(apart.any(-1), -100.0, 0.0)
-    np.testing.assert_array_equal(swin.shift_mask(size, window, shift), expected)
+    np.testing.assert_array_equal(windows.shift_mask(size, window, shift), expected)
 
 
 @pytest.mark.parametrize("shifted, reach", [(False, range(3, 6)), (True, range(4, 7))])

@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 
-from research.backbones import beit, mixer, swin, vit
+from research.backbones import beit, mixer, swin, swin_v2, vit
 from research.port.checks import common
 from research.port.verify import Golden
 
@@ -55,6 +55,10 @@ def check_resmlp(golden: Golden) -> dict:
 
 def check_swin(golden: Golden) -> dict:
     return _run(golden, swin, swin.build(**arguments(golden, "global_pool")))
+
+
+def check_swin_v2(golden: Golden) -> dict:
+    return _run(golden, swin_v2, swin_v2.build(**arguments(golden, "global_pool")))
 
 
 def check_vanillakd_beit(golden: Golden) -> dict:
