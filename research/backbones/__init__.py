@@ -20,6 +20,7 @@ from flax import linen as nn
 
 FAMILIES = (
     "resnet",
+    "resnet_v2",
     "cifar_resnet",
     "cifar_wrn",
     "cifar_vgg",

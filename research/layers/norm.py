@@ -35,6 +35,35 @@ class LayerNorm(nn.Module):
         return _affine(x, scale, bias).astype(self.dtype)
 
 
+class GroupNorm(nn.Module):
+    """Group normalisation (Wu & He 2018): (B, ..., C) -> (B, ..., C), over all positions and C / `groups` channels.
+
+    Parameters `scale` and `bias` (C,).
+
+    Raises:
+      ValueError: the channels do not divide into groups.
+    """
+
+    groups: int = 32
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        if channels % self.groups:
+            raise ValueError(f"{channels} channels do not divide into {self.groups} groups")
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(accumulation_dtype(x)).reshape(*x.shape[:-1], self.groups, -1)
+        axes = (*range(1, x.ndim - 1), x.ndim)
+        grouped = grouped - jnp.mean(grouped, axis=axes, keepdims=True)
+        variance = jnp.mean(jnp.square(grouped), axis=axes, keepdims=True)
+        return _affine((grouped * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape), scale, bias).astype(
+            self.dtype
+        )
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's meaning of the running statistics.
 

@@ -20,6 +20,10 @@ TINY = {
     ),
     "efficientnet": ("tf_efficientnet_b0", {"stages": (("ds_c8",), ("ir_k5_s2_e2_c8_se0.25",)), "stem": 8, "head": 8}),
     "ghostnet": ("ghostnetv2_100", {"cfgs": (((3, 4, 16, 0, 1), (3, 4, 16, 0, 1), (3, 8, 16, 0.25, 1)),), "head": 8}),
+    "resnet_v2": (
+        "resnetv2_50x1_bit",
+        {"layers": (1, 1), "channels": (16, 16), "stem_chs": 8, "groupnorm_groups": 2},
+    ),
     "swin_v2": (
         "swinv2_tiny_window8_256",
         {"img_size": (28, 20), "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 4), "window_size": 3},

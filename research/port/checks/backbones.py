@@ -4,7 +4,7 @@ import re
 
 import jax.numpy as jnp
 
-from research.backbones import convnext, efficientnet, ghostnet, mobilenet_v3, resnet
+from research.backbones import convnext, efficientnet, ghostnet, mobilenet_v3, resnet, resnet_v2
 from research.port.checks import common, transformers
 from research.port.names import to_official
 from research.port.verify import Golden
@@ -78,11 +78,23 @@ def check_ghostnet(golden: Golden) -> dict:
     return common.run(golden, ghostnet, model, lambda module: "features" if module == last else module)[0]
 
 
+def check_resnet_v2(golden: Golden) -> dict:
+    """The weight standardisation is written as `StdConv2d(eps=1e-8)`."""
+    kwargs = arguments(golden, NEUTRAL | {"conv", "stem_type"})
+    stated = re.search(r"eps=([\d.e+-]+)", golden.kwargs.get("conv", ""))
+    model = resnet_v2.build(**kwargs, **({"conv_eps": float(stated[1])} if stated else {}))
+    names = {"stem": "stem_pooled", "stem.conv": "stem"}
+    stage = lambda found: f"stage{int(found[1]) + 1}"
+    endpoint = lambda module: names.get(module) or re.sub(r"^stages\.(\d+)$", stage, module)
+    return common.run(golden, resnet_v2, model, endpoint)[0]
+
+
 CHECKS = {
     "resnet_basic": check_resnet,
     "resnet_bottleneck": check_resnet,
     "resnet_d": check_resnet,
     "resnet_train_mode": check_resnet_train,
+    "resnetv2_bit": check_resnet_v2,
     "convnext": check_convnext,
     "convnextv2": check_convnext,
     "mobilenetv2": check_efficientnet,
@@ -96,6 +108,7 @@ CHECKS = {
     "deit3": transformers.check_vit,
     "beitv2": transformers.check_beit,
     "swin": transformers.check_swin,
+    "swinv2": transformers.check_swin_v2,
     "mixer": transformers.check_mixer,
     "resmlp": transformers.check_resmlp,
 }
