@@ -77,10 +77,11 @@ def unit(images: jax.Array) -> jax.Array:
 
 
 def accuracy(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> engine.Metrics:
-    """top1, top5 and cross-entropy of real examples, as (sum, count) pairs."""
+    """top1, top5, cross-entropy and calibration error of real examples, as (sum, count) pairs."""
     loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
     return {
         "top1": metrics_lib.topk_correct(logits, labels, mask, 1),
         "top5": metrics_lib.topk_correct(logits, labels, mask, 5),
         "loss": metrics_lib.mean(loss, mask),
+        "ece": metrics_lib.calibration_gaps(logits, labels, mask),
     }

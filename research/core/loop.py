@@ -98,8 +98,8 @@ class _Window:
         self._pending.clear()
         for step, metrics in fetched:
             for name, (total, _) in metrics.items():
-                if not np.isfinite(total):
-                    raise NonFinite(f"{name} became {float(total)} at step {step}")
+                if not np.all(np.isfinite(total)):
+                    raise NonFinite(f"{name} became {float(np.sum(total))} at step {step}")
         return metrics_lib.finish(metrics_lib.merge(*[metrics for _, metrics in fetched])) if fetched else {}
 
 

@@ -1,7 +1,7 @@
 """Metrics as (sum, count) pairs: exact over padded examples, unequal batches and any sharding.
 
 A metric is a dict entry name -> (sum, count) of two scalars. Sums add up over batches and devices; the ratio is taken
-once, at the end.
+once, at the end. A vector of sums is a metric over bins: the sum of their absolute values over the count.
 """
 
 from collections.abc import Mapping
@@ -36,11 +36,32 @@ def topk_correct(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = 
     Args:
       logits: (B, C); labels: (B,) int; mask: (B,) as in `mean`.
     """
+    return mean(_correct(logits, labels, k), mask)
+
+
+def _correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
     classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None, :]
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
-    hit = (jnp.sum(before, axis=-1) < k) & jnp.all(jnp.isfinite(logits), axis=-1)
-    return mean(hit, mask)
+    return (jnp.sum(before, axis=-1) < k) & jnp.all(jnp.isfinite(logits), axis=-1)
+
+
+def calibration_gaps(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, bins: int = 15) -> Pair:
+    """Confidence less accuracy, summed in `bins` equal bins of confidence, (bins,), and the number of real examples.
+
+    Finished, it is the expected calibration error of Guo et al. 2017 (arXiv 1706.04599, eq. 3). A bin holds (low, high];
+    a row with NaN or infinity is fully confident and wrong.
+
+    Args:
+      logits: (B, C); labels: (B,) int; mask: (B,) as in `mean`.
+    """
+    dtype = jnp.promote_types(logits.dtype, jnp.float32)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    confidence = jnp.where(finite, jnp.max(jax.nn.softmax(logits.astype(dtype)), axis=-1), 1)
+    own = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
+    weights = jnp.ones_like(confidence) if mask is None else mask.astype(dtype)
+    gaps = weights * (confidence - _correct(logits, labels, 1).astype(dtype))
+    return jnp.zeros(bins, dtype).at[own].add(gaps), jnp.sum(weights)
 
 
 def merge(*metrics: Mapping[str, Pair]) -> dict[str, Pair]:
@@ -61,4 +82,5 @@ def merge(*metrics: Mapping[str, Pair]) -> dict[str, Pair]:
 def finish(metrics: Mapping[str, Pair]) -> dict[str, float]:
     """The ratios, as Python floats on the host, in float64; a metric that counted nothing is NaN."""
     fetched = {name: tuple(map(np.float64, pair)) for name, pair in jax.device_get(dict(metrics)).items()}
-    return {name: float(total / count) if count else float("nan") for name, (total, count) in fetched.items()}
+    ratio = lambda total, count: float((np.sum(np.abs(total)) if np.ndim(total) else total) / count)
+    return {name: ratio(total, count) if count else float("nan") for name, (total, count) in fetched.items()}

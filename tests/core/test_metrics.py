@@ -82,3 +82,34 @@ def test_a_long_evaluation_on_the_host_loses_nothing():
     ((total, count),) = metrics.merge({"a": (large, large)}, *[{"a": (one, one)}] * 3).values()
     assert (total, count) == (2**24 + 3, 2**24 + 3)
     assert isinstance(metrics.merge({"a": (jnp.ones(()), jnp.ones(()))})["a"][0], jax.Array)
+
+
+@pytest.mark.parametrize("bins", [1, 15])
+def test_calibration_error_is_that_of_its_definition(bins):
+    logits, labels = data(size=40)
+    logits[3] = [np.nan] * 7
+    mask = (np.arange(40) < 33).astype(np.float32)
+    parts = [
+        metrics.calibration_gaps(*(jnp.asarray(x[i : i + 8]) for x in (logits, labels, mask)), bins=bins)
+        for i in range(0, 40, 8)
+    ]
+    found = metrics.finish(metrics.merge(*[{"ece": part} for part in parts]))["ece"]
+
+    rows = np.exp(logits[:33] - logits[:33].max(1, keepdims=True))
+    confidence = (rows / rows.sum(1, keepdims=True)).max(1)
+    confidence[3] = 1
+    hit = (logits[:33].argmax(1) == labels[:33]) & np.isfinite(logits[:33]).all(1)
+    error = 0.0
+    for low in range(bins):
+        here = (confidence > low / bins) & (confidence <= (low + 1) / bins)
+        if here.any():
+            error += here.mean() * abs(confidence[here].mean() - hit[here].mean())
+    assert found == pytest.approx(error, abs=1e-6)
+    assert error > 0.05
+
+
+def test_a_calibrated_network_has_no_calibration_error():
+    logits = jnp.log(jnp.tile(jnp.asarray([[0.75, 0.25]]), (4, 1)))
+    assert metrics.finish({"ece": metrics.calibration_gaps(logits, jnp.asarray([0, 0, 0, 1]))})["ece"] < 1e-6
+    wrong = metrics.finish({"ece": metrics.calibration_gaps(50 * logits, jnp.asarray([1, 1, 1, 1]))})["ece"]
+    assert wrong == pytest.approx(1)
