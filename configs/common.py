@@ -33,6 +33,7 @@ def base() -> ConfigDict:
     c.augment.auto = ""  # e.g. rand-m7-mstd0.5
     c.augment.jitter = 0.0
     c.augment.erase = 0.0  # probability
+    c.augment.strong = ""  # RandAugment of a second view of each image, for losses of two views
 
     c.eval = ConfigDict()
     c.eval.split = "test"
@@ -110,6 +111,7 @@ def student(model: str, **changes) -> ConfigDict:
     s.hint = ""  # see research.distill.losses.HINTS
     s.hint_options = ConfigDict()
     s.hint_weight = 1.0
+    s.schedule = ConfigDict()  # of weights, and in `loss_options` of those: ((epoch, value), ...)
     s.group = 0  # examples that batch-relational losses relate; 0: the global batch
     s.optimizer = ConfigDict()  # values that differ from the config's `optimizer`
     for name, value in changes.items():
@@ -133,6 +135,7 @@ def teacher(model: str = "", *, recipe: str = "", dtype: str = "float32", option
     t.options = ConfigDict(options or {})  # of the model's constructor
     t.labels = ""  # folder of launch.labels: its stored labels take the place of the model, which never runs
     t.densify = "smooth"  # what stored labels of fewer than all classes become: smooth, zeros, renormalize
+    t.ensemble = ConfigDict()  # further teachers by name, each as this one; see research.distill.teachers
     t.text = ""  # file of research.distill.text_targets, beside a model or without one; "random": made up
     t.recipe = recipe  # config file (and argument) that trains the teacher, its arm called `teacher`
     t.workdir = ""  # where the recipe trains; "": <workdir>/teacher

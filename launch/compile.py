@@ -27,7 +27,7 @@ from rich.console import Console
 
 from launch import train
 from research.core import config as configs
-from research.core import runner, sharding
+from research.core import cost, runner, sharding
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
 from research.data import labelled_views
@@ -106,6 +106,8 @@ def batch_shapes(config: ConfigDict, step: str, rows: jax.sharding.Sharding) -> 
         "index": of(jnp.int32),
         "mask": of(jnp.float32),
     }
+    if train_step and config.augment.get("strong"):
+        found["strong"] = found["image"]
     stored = config.get("teacher", {}).get("labels")
     if train_step and stored:
         found |= {name: of(dtype, *shape) for name, (dtype, shape) in labelled_views.fields(stored).items()}
@@ -127,10 +129,9 @@ def prepare(config: ConfigDict, devices: list[jax.Device], examples: int = 0) ->
 
 
 def model_flops(experiment: Experiment, config: ConfigDict, step: str) -> float:
-    """FLOPs that the mathematics of one step needs: 6 a multiply-add of trained networks, 2 of teachers and in eval."""
+    """FLOPs that the mathematics of one step needs."""
     count = config.batch_size if step == "train" else config.eval.batch_size or config.batch_size
-    forward = {name: cost["macs"] * count for name, cost in experiment.costs().items()}
-    return sum(macs * (6 if step == "train" and name != "teacher" else 2) for name, macs in forward.items())
+    return count * cost.model_flops(experiment.costs(), train=step == "train")
 
 
 def start(topology: Topology) -> list[jax.Device]:

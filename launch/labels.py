@@ -35,7 +35,7 @@ from research.core.errors import UserError, cli
 from research.data import augment, convert, label_files, labelled_views, pipeline, transforms, views
 from research.data.base import BadExample, Source
 from research.data.store import Store
-from research.distill import stored, vanilla_kd
+from research.distill import stored, teachers
 
 Label = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images (B, H, W, 3) -> arrays (B, ...)
 Item = tuple[int, bytes, np.ndarray | None]  # index of an example, description of a view, its image (None: unreadable)
@@ -195,10 +195,10 @@ def write(job: Job, label: Label, store: Store, part: tuple[int, int]) -> int:
 
 def variables(config: ConfigDict, network: classify.Network) -> tuple[dict, dict]:
     """(params, model_state) of the config's teacher."""
-    if config.teacher.weights == vanilla_kd.RANDOM:
+    if config.teacher.weights == teachers.RANDOM:
         params, model_state = network.init(jax.random.PRNGKey(config.seed))
     else:
-        params, model_state = vanilla_kd._pretrained(config.teacher, network, config.data.num_classes)
+        params, model_state = teachers.pretrained(config.teacher, network, config.data.num_classes)
     return jax.tree.map(lambda x: jnp.asarray(x, network.module.dtype), params), model_state
 
 
@@ -210,7 +210,7 @@ def prepare(config: ConfigDict, options: argparse.Namespace) -> tuple[Job, Label
     config.teacher.labels = ""
     data = train.open_data(config.lock())
     config = train.with_teacher(train.resolve(config, data), storage.folder(options.output))
-    train.train_teacher(config)
+    train.train_teachers(config)
     mixing = views.Mixing(**{key: config.mix[key] for key in views.MIX})
     identity, transform = labelled_views.identity(data.train), data.train_transform
     classes, maps = identity["num_classes"], options.form == label_files.MAPS

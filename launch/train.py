@@ -22,13 +22,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from research.core import cluster, environment, loop, peaks, profile, runner, runs, storage, writers
+from research.core import cluster, cost, environment, loop, peaks, profile, runner, runs, storage, writers
 from research.core import config as configs
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
 from research.core.watchdog import Watchdog
 from research.data import labelled_views, pipeline, sources, transforms, views
+from research.distill import teachers
 from research.pods import aot
 from research.port import checkpoint
 
@@ -130,27 +131,29 @@ def batches(config: ConfigDict, data: Data) -> tuple[Callable[[int], Iterator], 
 
 
 def with_teacher(config: ConfigDict, workdir: storage.Path) -> ConfigDict:
-    """The config with `teacher.weights` set to where its recipe leaves them, if it names a recipe and no weights."""
-    t = config.get("teacher")
-    if not (t and t.model) or t.weights or t.get("labels"):
+    """The config with the `weights` of every teacher set to where its recipe leaves them, if it has no others."""
+    if "teacher" not in config or config.teacher.get("labels"):
         return config
-    if not t.recipe:
-        raise UserError(f"teacher.weights: not set; give a checkpoint of {t.model}, or teacher.recipe to train one")
     config = config.copy_and_resolve_references().unlock()
-    config.teacher.workdir = t.workdir or str(workdir / "teacher")
-    config.teacher.weights = str(storage.folder(config.teacher.workdir) / WEIGHTS / "teacher.safetensors")
+    for name, t in teachers.sections(config).items():
+        if not t.weights:
+            if not t.recipe:
+                key = name.replace("_", ".ensemble.", 1)
+                raise UserError(f"{key}.weights: not set; give a checkpoint of {t.model}, or {key}.recipe to train one")
+            t.workdir = t.workdir or str(workdir / name)
+            t.weights = str(storage.folder(t.workdir) / WEIGHTS / "teacher.safetensors")
     return config.lock()
 
 
-def train_teacher(config: ConfigDict) -> None:
-    """Trains the teacher by its recipe, on the same data, unless that was done before."""
-    t = config.get("teacher")
-    if not (t and t.workdir) or (runs.finished(t.workdir) and storage.folder(t.weights).exists()):
-        return
-    LOG.info("training the teacher in %s", t.workdir)
-    shared = {key: config.data[key] for key in ("kind", "path")}
-    shared |= {f"options.{key}": value for key, value in config.data.options.items()}
-    run(configs.load(t.recipe, [f"--config.data.{key}={value}" for key, value in shared.items()]), t.workdir)
+def train_teachers(config: ConfigDict) -> None:
+    """Trains the teachers by their recipes, on the same data, unless that was done before."""
+    for t in teachers.sections(config).values() if "teacher" in config else ():
+        if not t.workdir or (runs.finished(t.workdir) and storage.folder(t.weights).exists()):
+            continue
+        LOG.info("training the teacher in %s", t.workdir)
+        shared = {key: config.data[key] for key in ("kind", "path")}
+        shared |= {f"options.{key}": value for key, value in config.data.options.items()}
+        run(configs.load(t.recipe, [f"--config.data.{key}={value}" for key, value in shared.items()]), t.workdir)
 
 
 def run(
@@ -175,7 +178,7 @@ def run(
     if executable:
         bound = aot.load(executable, bound, resolved)
     configs.claim(workdir, config)  # whatever is wrong with the config was found before the folder is made
-    train_teacher(resolved)
+    train_teachers(resolved)
     environment.write(workdir)
     costs = experiment.costs()
     schedule = plan(resolved)
@@ -185,7 +188,7 @@ def run(
         workdir,
         steps=schedule.steps,
         batch_size=schedule.batch_size,
-        flops_per_example=sum(c["macs"] * (2 if name == "teacher" else 6) for name, c in costs.items()),
+        flops_per_example=cost.model_flops(costs, train=True),
         peak_flops=_peak(),
         tensorboard=config.log.tensorboard,
     )

@@ -7,7 +7,7 @@ the compiled program does on its device.
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ __all__ = [
     "cost_of",
     "macs",
     "mfu",
+    "model_flops",
     "operations",
     "params_count",
     "peak_bandwidth",
@@ -251,3 +252,11 @@ def _conv(eqn) -> int:
 
 
 _COUNTS = {"dot_general": _dot, "ragged_dot_general": _ragged_dot, "conv_general_dilated": _conv}
+
+
+def model_flops(costs: Mapping[str, Mapping[str, int]], *, train: bool) -> int:
+    """FLOPs that the mathematics of one example needs, by `Experiment.costs()`.
+
+    6 a multiply-add where a network is trained, forward and backward; 2 in evaluation and of networks marked `frozen`.
+    """
+    return sum(cost["macs"] * (6 if train and not cost.get("frozen") else 2) for cost in costs.values())

@@ -9,7 +9,7 @@ dict of (sum, count) pairs, so that sharded and padded evaluation is exact. Rand
 step N draws the same numbers after any restart.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,7 +56,7 @@ class Experiment(NamedTuple):
     `weights()` runs on the host, outside any trace (large arrays would become constants of the program): it returns
     {field of State: nested dict of arrays}, any part of it, to put in place of what `init` made. `export(state)` names
     the trained models' variables, {name: {"params": ..., ...}}, for files of weights; `costs()` gives
-    {network: {"params", "macs"}} of one example's forward pass.
+    {network: {"params", "macs"}} of one example's forward pass, with `frozen` True where it is not trained.
     """
 
     init: Callable[[jax.Array], State]
@@ -99,6 +99,7 @@ def supervised(
     evaluate: Callable[[Any, Any, Batch, Any], Metrics],
     optimizer: optax.GradientTransformation,
     *,
+    parts: Sequence[str] = (),
     frozen: Callable[[jax.Array], Any] = lambda key: {},
     weights: Callable[[], Mapping[str, Any]] = dict,
     schedule: Callable[[jax.Array], jax.Array] | Mapping[str, Callable] | None = None,
@@ -112,6 +113,8 @@ def supervised(
       loss: (params, model_state, batch, Context) -> (scalar mean loss, Output).
       evaluate: (params, model_state, batch, frozen) -> metrics.
       optimizer: the gradient transformation; it contains clipping, decay and the learning-rate schedule.
+      parts: names of the losses whose gradients the optimiser wants apart: `loss` then gives {part: scalar} and
+        `optimizer.update` gets {part: gradients}, from one forward and a backward pass each.
       frozen: key -> variables that take part but are not trained.
       weights: pretrained values by field of State, see Experiment.
       schedule: step -> learning rate, or a mapping of several, only to be logged.
@@ -133,20 +136,24 @@ def supervised(
         def value(params):
             return loss(params, model_state, batch, Context(state.frozen, key, state.step))
 
-        (_, output), grads = jax.value_and_grad(value, has_aux=True)(state.params)
-        return grads, output
+        if not parts:
+            (_, output), grads = jax.value_and_grad(value, has_aux=True)(state.params)
+            return grads, output
+        values, pull, output = jax.vjp(value, state.params, has_aux=True)
+        one = lambda chosen: {part: jnp.full_like(x, part == chosen) for part, x in values.items()}
+        return {part: pull(one(part))[0] for part in parts}, output
 
     def train_step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
         if accumulate == 1:
             grads, output = gradients(state, state.model_state, batch, key)
         else:
-            grads, output = _accumulated(gradients, state, batch, key, accumulate)
+            grads, output = _accumulated(gradients, state, batch, key, accumulate, parts)
         grads, model_state = scope.mean(grads), scope.mean(output.model_state)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = output.metrics | {
-            "grad_norm": scalar(optax.tree.norm(grads)),
+            "grad_norm": scalar(optax.tree.norm(_summed(grads, parts))),
             "update_norm": scalar(optax.tree.norm(updates)),
             "param_norm": scalar(optax.tree.norm(params)),
         }
@@ -167,7 +174,11 @@ def supervised(
     return Experiment(init_state, train_step, eval_step, weights)
 
 
-def _accumulated(gradients, state, batch, key, count):
+def _summed(gradients, parts):
+    return jax.tree.map(lambda *found: sum(found), *(gradients[part] for part in parts)) if parts else gradients
+
+
+def _accumulated(gradients, state, batch, key, count, parts):
     """Mean gradients and summed metrics over `count` micro-batches of consecutive examples, one after the other."""
     whole = scope.gather(batch)
     size = jax.tree.leaves(whole)[0].shape[0]
@@ -181,6 +192,6 @@ def _accumulated(gradients, state, batch, key, count):
         grads, output = gradients(state, model_state, scope.local(part), jax.random.fold_in(key, index))
         return (jax.tree.map(jnp.add, total, grads), output.model_state), output.metrics
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, dict.fromkeys(parts, state.params) if parts else state.params)
     (total, model_state), metrics = jax.lax.scan(body, (zeros, state.model_state), (micro, jnp.arange(count)))
     return jax.tree.map(lambda g: g / count, total), Output(model_state, jax.tree.map(lambda x: jnp.sum(x, 0), metrics))

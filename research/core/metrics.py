@@ -49,8 +49,8 @@ def _correct(logits: jax.Array, labels: jax.Array, k: int) -> jax.Array:
 def calibration_gaps(logits: jax.Array, labels: jax.Array, mask: jax.Array | None = None, bins: int = 15) -> Pair:
     """Confidence less accuracy, summed in `bins` equal bins of confidence, (bins,), and the number of real examples.
 
-    Finished, it is the expected calibration error of Guo et al. 2017 (arXiv 1706.04599, eq. 3). A bin holds (low, high];
-    a row with NaN or infinity is fully confident and wrong.
+    Finished, it is the expected calibration error of Guo et al. 2017 (arXiv 1706.04599, eq. 3). A bin holds (low, high]
+    and a row with NaN or infinity is fully confident and wrong.
 
     Args:
       logits: (B, C); labels: (B,) int; mask: (B,) as in `mean`.

@@ -100,6 +100,7 @@ class Train:
       auto: RandAugment as timm writes it, or empty.
       jitter: colour jitter; a number for brightness, contrast and saturation, or three or four (hue) numbers.
       erase: probability of random erasing; `erase_mode` const, rand or pixel; up to `erase_count` boxes.
+      strong: RandAugment of a second view of the same image, drawn independently, which the result has as `strong`.
       mean, std: of the pixels in [0, 1]; the colours RandAugment and erasing paint with, nothing is normalised.
     """
 
@@ -115,6 +116,7 @@ class Train:
     erase: float = 0.0
     erase_mode: str = "pixel"
     erase_count: int = 1
+    strong: str = ""
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
@@ -130,20 +132,25 @@ class Train:
             raise UserError(f"augment.jitter: {self.jitter} has {len(self.jitters)} amounts; give one, three or four")
         if self.auto and any(self.jitters):
             raise UserError("augment.jitter: timm leaves colour jitter out under RandAugment; set jitter=0, or auto=''")
-        self.policy  # noqa: B018  a wrong string is found here, not in the first example
+        self.policy, self.second  # noqa: B018  a wrong string is found here, not in the first example
 
     @functools.cached_property
     def policy(self) -> augment.RandAugment | None:
         return augment.parse_rand_augment(self.auto) if self.auto else None
+
+    @functools.cached_property
+    def second(self) -> "Train | None":
+        return dataclasses.replace(self, auto=self.strong, strong="", jitter=0.0) if self.strong else None
 
     @property
     def jitters(self) -> tuple[float, ...]:
         return tuple(self.jitter) if isinstance(self.jitter, (tuple, list)) else (self.jitter,) * 3
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """`{'image': uint8 (size, size, 3), 'label': int32, 'index': int32}`; raises BadExample."""
+        """`{'image': uint8 (size, size, 3), 'label': int32, 'index': int32}`, and `strong`; raises BadExample."""
         hows = augment.INTERPOLATIONS[self.interpolation]
-        image = self._cropped(decode(example["image"]), rng, hows)
+        whole = decode(example["image"])
+        image = self._cropped(whole, rng, hows)
         if rng.random() < self.flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.policy:
@@ -155,7 +162,8 @@ class Train:
         if self.erase and rng.random() < self.erase:
             mean, std = ([255 * value for value in values] for values in (self.mean, self.std))
             pixels = augment.erase(pixels, rng, mode=self.erase_mode, count=self.erase_count, mean=mean, std=std)
-        return _result(pixels, example)
+        strong = {"strong": self.second({**example, "image": whole}, rng)["image"]} if self.second else {}
+        return _result(pixels, example) | strong
 
     def _cropped(self, image: np.ndarray, rng: np.random.Generator, hows) -> Image.Image:
         if self.crop == "resized":

@@ -106,7 +106,8 @@ def ofd(
 
     Args:
       norms: (scale, bias) (C,) of the teacher's last batch norm in every stage, which set the margins, as in the
-        official code. None takes the mean negative activation of the global batch, the paper's other way.
+        official code; kept in the state. None takes the mean negative activation of the global batch, the paper's
+        other way.
       group: examples a batch-norm group of the connectors.
     Raises:
       ValueError: norms for another number of stages.
@@ -119,13 +120,25 @@ def ofd(
             raise ValueError(f"ofd: norms of {len(norms)} stages for {len(own)}")
         return Each(tuple(activations.Connector(t.shape[-1], group=group, dtype=dtype) for t in known)), (list(own),)
 
-    def loss(out, teacher, epoch):
-        known = taps.stages(teacher, names[1], preact=True)[-len(out) :]
-        margins = [activations.margins(*n) for n in norms] if norms else list(map(_batch_margin, known))
-        stages = zip(out, known, margins, strict=True)
-        return sum(activations.ofd(*stage) / 2 ** (len(out) - 1 - k) for k, stage in enumerate(stages))
+    def within(kept):
+        def loss(out, teacher, epoch):
+            known = taps.stages(teacher, names[1], preact=True)[-len(out) :]
+            margins = [activations.margins(*n) for n in kept] if kept else list(map(_batch_margin, known))
+            stages = zip(out, known, margins, strict=True)
+            return sum(activations.ofd(*stage) / 2 ** (len(out) - 1 - k) for k, stage in enumerate(stages))
 
-    return adapted(call, loss)
+        return adapted(call, loss)
+
+    def init(key, student, teacher):
+        params, state = within(None).init(key, student, teacher)
+        return params, {**state, "norms": jax.tree.map(jnp.asarray, norms or [])}
+
+    def apply(params, state, student, teacher, **extra):
+        kept = state["norms"]
+        loss, new = within(kept).apply(params, {"batch_stats": state["batch_stats"]}, student, teacher, **extra)
+        return loss, {**new, "norms": kept}
+
+    return Hint(init, apply)
 
 
 def srrl(

@@ -50,6 +50,11 @@ LOSSES: dict[str, Callable] = {
 }
 # Those of LOSSES that return a scalar: the caller chooses their batch, `research.core.scope.by_group`.
 RELATIONAL = frozenset({"dist", "multilevel"})
+# Those of LOSSES that tell several teachers (K, B, C) apart; the others see the mean of their probabilities.
+ENSEMBLE = frozenset({"meal", "funmatch"})
+# loss(student, teacher, labels, **options) -> terms of a scalar, of `multilevel.Views` of the same images; the labels'
+# term is one of them, so an arm's `label_weight` is 0.
+TWO_VIEWS: dict[str, Callable] = {"mlld": multilevel.mlld}
 # loss(logits, labels, **options) -> (B,)
 LABEL_LOSSES: dict[str, Callable] = {"ce": ground_truth.cross_entropy, "bce": ground_truth.binary_cross_entropy}
 # builder(**options) -> hints.Hint
