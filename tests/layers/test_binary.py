@@ -68,6 +68,16 @@ def test_borders_are_zeros_of_the_quantised_map():
     np.testing.assert_allclose(module.apply(variables, x).ravel(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", [(1, 7, 2, 3), (7, 1, 1, 6), (3, 5, 3, 2)])
+def test_both_ways_to_convolve_groups_agree(kernel):
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, 4, 5, 6)).astype(np.float32), rng.normal(size=kernel).astype(np.float32)
+    ways = [jax.vjp(way, x, kernel) for way in (binary._sum_of_taps, binary._convolution)]
+    cotangent = jnp.asarray(rng.normal(size=ways[0][0].shape), jnp.float32)
+    found, expected = ((out, *back(cotangent)) for out, back in ways)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, expected)
+
+
 @pytest.mark.parametrize(
     "fields, binary_part",
     [
