@@ -1,7 +1,8 @@
-"""Vision transformers: ViT, DeiT, DeiT with a distillation token, DeiT III.
+"""Vision transformers: ViT, DeiT, DeiT with a distillation token, DeiT III, the image towers of CLIP.
 
 Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929), Steiner et al. 2021 (augreg, arXiv 2106.10270); Touvron et al. 2021
-(DeiT, arXiv 2012.12877); Touvron et al. 2022 (DeiT III, arXiv 2204.07118). Arguments and official names are timm's.
+(DeiT, arXiv 2012.12877); Touvron et al. 2022 (DeiT III, arXiv 2204.07118); Radford et al. 2021 (CLIP, arXiv
+2103.00020). Arguments and official names are timm's.
 """
 
 import jax
@@ -11,6 +12,7 @@ from flax import linen as nn
 from research.backbones import HALF, Input
 from research.layers import drop
 from research.layers.drop import Dropout
+from research.layers.mlp import gelu, quick_gelu
 from research.layers.norm import LayerNorm
 from research.layers.patch_embed import PatchEmbed
 from research.layers.remat import rematerialised
@@ -19,17 +21,23 @@ from research.layers.transformer import Block
 # timm's `trunc_normal_(std=.02)` cuts at +-2, a hundred deviations away: a plain normal distribution.
 normal = nn.initializers.normal(0.02)
 
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+
 
 class ViT(nn.Module):
     """Image classifier: (B, H, W, 3) -> logits (B, num_classes) and endpoints.
 
-    Fields, as in timm:
+    Fields, as in timm unless noted:
       img_size, patch_size: sides in pixels, or (height, width).
       embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the blocks.
       init_values: initial layer scale, None for no layer scale.
       class_token: a learned first token.
       distilled: a second one after it, with a classifier of its own.
       no_embed_class: learned positions for the patches only.
+      pre_norm: the tokens are normalised before the blocks, and patches have no bias (CLIP).
+      act_layer: of the MLPs, `gelu` or `quick_gelu`; norm_eps: epsilon of all norms.
+      fused_qkv, head_bias: False for one dense layer each of queries, keys and values, and for a classifier without
+        bias (not in timm; see `research.backbones.clip`).
       global_pool: what the classifier sees: `token` (the normalised class token) or `avg` (the mean of the patches,
         normalised afterwards).
       drop_path: largest rate of stochastic depth; drop_rate: dropout before the classifier.
@@ -52,6 +60,11 @@ class ViT(nn.Module):
     class_token: bool = True
     distilled: bool = False
     no_embed_class: bool = False
+    pre_norm: bool = False
+    act_layer: str = "gelu"
+    norm_eps: float = 1e-6
+    fused_qkv: bool = True
+    head_bias: bool = True
     global_pool: str = "token"
     num_classes: int = 1000
     drop_rate: float = 0.0
@@ -66,10 +79,12 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = PatchEmbed(self.embed_dim, self.patch_size, self.img_size, dtype=self.dtype, name="patch_embed")(images)
+        options = {"use_bias": not self.pre_norm, "dtype": self.dtype, "name": "patch_embed"}
+        x = PatchEmbed(self.embed_dim, self.patch_size, self.img_size, **options)(images)
         x = x.reshape(x.shape[0], -1, self.embed_dim)
         endpoints = {"patch_embed": x}
         x = self._with_positions(x)
+        x = LayerNorm(self.norm_eps, self.dtype, name="norm_pre")(x) if self.pre_norm else x
 
         block = rematerialised(Block, self.remat)
         for index, rate in enumerate(drop.rates(self.drop_path, self.depth)):
@@ -77,6 +92,9 @@ class ViT(nn.Module):
                 num_heads=self.num_heads,
                 mlp_ratio=self.mlp_ratio,
                 qkv_bias=self.qkv_bias,
+                fused=self.fused_qkv,
+                act=ACTIVATIONS[self.act_layer],
+                epsilon=self.norm_eps,
                 init_values=self.init_values,
                 drop_path=rate,
                 dtype=self.dtype,
@@ -84,17 +102,17 @@ class ViT(nn.Module):
             )(x, train)
 
         averaged = self.global_pool == "avg"
-        norm = LayerNorm(dtype=self.dtype, name="fc_norm" if averaged else "norm")
+        norm = LayerNorm(self.norm_eps, self.dtype, name="fc_norm" if averaged else "norm")
         x = endpoints["tokens"] = x if averaged else norm(x)
         # What each classifier sees: the mean of the patches, or the class token and, distilled, the one after it.
         seen = [norm(jnp.mean(x[:, self.prefix :], axis=1))] if averaged else [x[:, i] for i in range(self.prefix)]
         endpoints["pooled"] = sum(seen) / len(seen)
         if self.num_classes == 0:
             return endpoints["pooled"], endpoints
-        heads = {}
+        heads, options = {}, {"use_bias": self.head_bias, "kernel_init": normal, "dtype": self.dtype}
         for name, features in zip(("head", "head_dist"), seen, strict=False):
             features = Dropout(self.drop_rate)(features, train)
-            heads[name] = nn.Dense(self.num_classes, dtype=self.dtype, kernel_init=normal, name=name)(features)
+            heads[name] = nn.Dense(self.num_classes, name=name, **options)(features)
         if self.distilled:
             endpoints |= heads
         logits = heads["head"] if train else sum(heads.values()) / len(heads)
@@ -120,10 +138,12 @@ def build(**arguments) -> ViT:
     """The module; see `ViT` for the arguments.
 
     Raises:
-      ValueError: an unknown pooling, or one that needs a class token the model has not; a distillation token without
-        the pooling by token.
+      ValueError: an unknown activation or pooling; a pooling that needs a class token the model has not; a distillation
+        token without the pooling by token.
     """
     model = ViT(**arguments)
+    if model.act_layer not in ACTIVATIONS:
+        raise ValueError(f"act_layer: {model.act_layer!r} is none of {', '.join(ACTIVATIONS)}")
     if model.global_pool not in ("token", "avg"):
         raise ValueError(f"global_pool: {model.global_pool!r} is neither 'token' nor 'avg'")
     if model.global_pool == "token" and not model.class_token:
@@ -141,6 +161,13 @@ _SIZES = {
     "large": {"embed_dim": 1024, "num_heads": 16, "depth": 24},
 }
 _DEIT3 = {"init_values": 1e-6, "no_embed_class": True}
+_CLIP = {
+    "base_patch32": {**_SIZES["base"], "patch_size": 32},
+    "base_patch16": _SIZES["base"],
+    "large_patch14": {**_SIZES["large"], "patch_size": 14},
+}
+# OpenAI's weights need the approximate GELU; their classifier is CLIP's projection to the joint space.
+_QUICK = {"pre_norm": True, "norm_eps": 1e-5, "act_layer": "quick_gelu"}
 _VIT = {"tiny": (16,), "small": (32, 16), "base": (32, 16, 8), "large": (32, 16)}
 
 VARIANTS = {
@@ -148,11 +175,26 @@ VARIANTS = {
     **{f"deit_{size}_patch16_224": _SIZES[size] for size in ("tiny", "small", "base")},
     **{f"deit_{size}_distilled_patch16_224": {**_SIZES[size], "distilled": True} for size in ("tiny", "small", "base")},
     **{f"deit3_{size}_patch16_224": {**_SIZES[size], **_DEIT3} for size in ("small", "medium", "base", "large")},
+    **{f"vit_{size}_clip_224": {**options, "pre_norm": True, "norm_eps": 1e-5} for size, options in _CLIP.items()},
+    **{
+        f"vit_{size}_clip_quickgelu_224": {**options, **_QUICK, "num_classes": 768 if "large" in size else 512}
+        for size, options in _CLIP.items()
+    },
 }
 
-INPUTS = {
-    name: Input(mean=HALF, std=HALF, crop=0.9) if name.startswith("vit_") else Input(crop=0.9) for name in VARIANTS
-}
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def _input(name: str) -> Input:
+    if "_clip_quickgelu_" in name:
+        return Input(mean=CLIP_MEAN, std=CLIP_STD, crop=1.0)
+    if "_clip_" in name:  # of the checkpoints fine-tuned on ImageNet
+        crop = {"vit_base_patch32_clip_224": 0.9, "vit_base_patch16_clip_224": 0.95}.get(name)
+        return Input(mean=CLIP_MEAN, std=CLIP_STD, crop=crop) if crop else Input(mean=HALF, std=HALF, crop=1.0)
+    return Input(mean=HALF, std=HALF, crop=0.9) if name.startswith("vit_") else Input(crop=0.9)
+
+
+INPUTS = {name: _input(name) for name in VARIANTS}
 
 _BLOCKS = (r"^blocks_(\d+)", r"blocks.\1")
 NAMES = {"timm": [_BLOCKS, (r"gamma_(\d)$", r"ls\1.gamma")], "official": [_BLOCKS]}

@@ -26,6 +26,7 @@ class PatchEmbed(nn.Module):
       features: width of a token.
       patch: side of a patch, or (height, width).
       image: the only image size accepted, or None for any. Networks whose parameters depend on the size state it.
+      use_bias: a bias of the projection.
       kernel_init, bias_init: default to PyTorch's for a convolution, uniform within 1/sqrt(inputs).
     Raises:
       ValueError: images of another size than `image`.
@@ -34,6 +35,7 @@ class PatchEmbed(nn.Module):
     features: int
     patch: int | tuple[int, int]
     image: int | tuple[int, int] | None = None
+    use_bias: bool = True
     kernel_init: Callable = torch_conv
     bias_init: Callable | None = None
     dtype: jnp.dtype = jnp.float32
@@ -54,6 +56,7 @@ class PatchEmbed(nn.Module):
             patch,
             patch,
             padding="VALID",
+            use_bias=self.use_bias,
             kernel_init=self.kernel_init,
             bias_init=self.bias_init or uniform,
             dtype=self.dtype,

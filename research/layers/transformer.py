@@ -1,4 +1,4 @@
-"""The pre-norm transformer block that ViT and BEiT share."""
+"""The pre-norm transformer block that ViT, BEiT and CLIP share."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from research.layers.attention import Attention
 from research.layers.drop import DropPath
-from research.layers.mlp import Mlp
+from research.layers.mlp import Mlp, gelu
 from research.layers.norm import LayerNorm
 from research.layers.position import RelativePositionBias
 
@@ -26,7 +26,7 @@ class Block(nn.Module):
 
     Fields:
       mlp_ratio: hidden width of the MLP relative to C.
-      qkv_bias, key_bias: see `Attention`.
+      qkv_bias, key_bias, fused: see `Attention`; act: see `Mlp`.
       window: (rows, columns) of the tokens for a bias by relative position, class token first; None for no bias.
       init_values: initial layer scale of both branches, None for no layer scale.
       drop_path: rate of stochastic depth.
@@ -38,6 +38,8 @@ class Block(nn.Module):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     key_bias: bool = True
+    fused: bool = True
+    act: Callable = gelu
     window: tuple[int, int] | None = None
     init_values: float | None = None
     drop_path: float = 0.0
@@ -46,13 +48,15 @@ class Block(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
+        """`mask` is added to the scores, with trailing axes (..., heads, N, N)."""
         shared = {"out_init": self.out_init, "dtype": self.dtype}
-        attn = Attention(self.num_heads, self.qkv_bias, self.key_bias, name="attn", **shared)
-        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), name="mlp", **shared)
-        bias = None
+        attn = Attention(self.num_heads, self.qkv_bias, self.key_bias, self.fused, name="attn", **shared)
+        mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), self.act, name="mlp", **shared)
+        bias = mask
         if self.window is not None:
-            bias = RelativePositionBias(self.window, self.num_heads, class_token=True, name="position")()
+            position = RelativePositionBias(self.window, self.num_heads, class_token=True, name="position")()
+            bias = position if mask is None else position + mask
 
         y = attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x), bias)
         x = x + DropPath(self.drop_path)(layer_scale(self, "gamma_1", y, self.init_values), train)

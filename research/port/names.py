@@ -63,7 +63,7 @@ def _import(path, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _export(path, array: np.ndarray, reshape: Reshape) -> np.ndarray:
     kernel = path[-1] == "kernel" and array.ndim > 1
     array = np.transpose(array, (array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))) if kernel else array
-    return np.ascontiguousarray(array.reshape(reshape(array.shape)))
+    return np.asarray(array.reshape(reshape(array.shape)), order="C")
 
 
 def _squeezed(shape: Iterable[int]) -> tuple[int, ...]:

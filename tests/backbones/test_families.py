@@ -24,6 +24,15 @@ TINY = {
         "resnetv2_50x1_bit",
         {"layers": (1, 1), "channels": (16, 16), "stem_chs": 8, "groupnorm_groups": 2},
     ),
+    "vit": (
+        "vit_base_patch32_clip_quickgelu_224",
+        {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2},
+    ),
+    "clip": (
+        "clip_vit_b32_full",
+        {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2, "hidden": 32, "vocabulary": 16}
+        | {"context": 5, "text_width": 8, "text_depth": 1, "text_heads": 1, "text_hidden": 16},
+    ),
     "swin_v2": (
         "swinv2_tiny_window8_256",
         {"img_size": (28, 20), "embed_dim": 8, "depths": (2, 1), "num_heads": (2, 4), "window_size": 3},

@@ -106,6 +106,8 @@ CHECKS = {
     "vit": transformers.check_vit,
     "deit_distilled": transformers.check_deit_distilled,
     "deit3": transformers.check_vit,
+    "vit_clip_image_tower": transformers.check_clip_tower,
+    "clip_full": transformers.check_clip,
     "beitv2": transformers.check_beit,
     "swin": transformers.check_swin,
     "swinv2": transformers.check_swin_v2,

@@ -2,9 +2,10 @@
 
 import re
 
+import jax
 import jax.numpy as jnp
 
-from research.backbones import beit, mixer, swin, swin_v2, vit
+from research.backbones import beit, clip, mixer, swin, swin_v2, vit
 from research.port.checks import common
 from research.port.verify import Golden
 
@@ -59,6 +60,44 @@ def check_swin(golden: Golden) -> dict:
 
 def check_swin_v2(golden: Golden) -> dict:
     return _run(golden, swin_v2, swin_v2.build(**arguments(golden, "global_pool")))
+
+
+def check_clip_tower(golden: Golden) -> dict:
+    """The image tower with CLIP's projection as its classifier."""
+    return _run(golden, vit, vit.build(**arguments(golden)))
+
+
+def check_clip(golden: Golden) -> dict:
+    """Hugging Face's `CLIPModel`: embeddings, logits both ways, features before they are normalised.
+
+    What its configuration leaves out has the values of ViT-B/32. `eos_token_id` 2 marks files from before that value
+    was right, whose texts end with the largest id.
+    """
+    text = {"hidden_act": "quick_gelu", "eos_token_id": 49407, **golden.kwargs.get("text_config", {})}
+    vision = {"hidden_act": "quick_gelu", **golden.kwargs.get("vision_config", {})}
+    vision_names = {"hidden_size": "embed_dim", "intermediate_size": "hidden", "num_hidden_layers": "depth"}
+    vision_names |= {"num_attention_heads": "num_heads", "image_size": "img_size", "patch_size": "patch_size"}
+    text_names = {"vocab_size": "vocabulary", "hidden_size": "text_width", "intermediate_size": "text_hidden"}
+    text_names |= {"num_hidden_layers": "text_depth", "num_attention_heads": "text_heads"}
+    text_names |= {"max_position_embeddings": "context"}
+    model = clip.build(
+        **{ours: vision[theirs] for theirs, ours in vision_names.items() if theirs in vision},
+        **{ours: text[theirs] for theirs, ours in text_names.items() if theirs in text},
+        act_layer=vision["hidden_act"],
+        text_act=text["hidden_act"],
+        eos=None if text["eos_token_id"] == 2 else text["eos_token_id"],
+        num_classes=golden.w["visual_projection.weight"].shape[0],
+        dtype=jnp.float64,
+    )
+    weights = common.variables(golden, clip, model)
+    mask = golden.x.get("attention_mask")
+    run = jax.jit(lambda image, tokens, seen: model.apply(weights, image, tokens=tokens, seen=seen))
+    features, endpoints = run(common.nhwc(golden.x["image"]), jnp.asarray(golden.x["input_ids"]), mask)
+    return endpoints | {
+        "logits_per_text": endpoints["logits_per_image"].T,
+        "image_features_unnormalised": features,
+        "text_features_unnormalised": endpoints["text_features"],
+    }
 
 
 def check_vanillakd_beit(golden: Golden) -> dict:
