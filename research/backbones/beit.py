@@ -127,7 +127,10 @@ _LARGE = {**_POSITIONS, "embed_dim": 1024, "depth": 24, "num_heads": 16, "init_v
 
 VARIANTS = {
     "beit_base_patch16_224": {**_BASE, "init_values": 0.1},
+    "beit_base_patch16_384": {**_BASE, "init_values": 0.1, "img_size": 384},
     "beit_large_patch16_224": _LARGE,
+    "beit_large_patch16_384": {**_LARGE, "img_size": 384},
+    "beit_large_patch16_512": {**_LARGE, "img_size": 512},
     "beitv2_base_patch16_224": {**_BASE, "init_values": 1e-5},
     "beitv2_large_patch16_224": _LARGE,
 }
@@ -135,6 +138,7 @@ VARIANTS = {
 INPUTS = {
     "beit_base_patch16_224": Input(mean=HALF, std=HALF, crop=0.9),
     "beit_large_patch16_224": Input(mean=HALF, std=HALF, crop=0.9),
+    **{name: Input(size=int(name[-3:]), mean=HALF, std=HALF, crop=1.0) for name in VARIANTS if name[-3:] != "224"},
     "beitv2_base_patch16_224": Input(crop=0.9),
     "beitv2_large_patch16_224": Input(crop=0.95),
 }

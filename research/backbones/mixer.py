@@ -165,6 +165,7 @@ VARIANTS = {
     "resmlp_12_224": {**_RESMLP, "num_blocks": 12},
     "resmlp_24_224": {**_RESMLP, "num_blocks": 24, "init_values": 1e-5},
     "resmlp_36_224": {**_RESMLP, "num_blocks": 36, "init_values": 1e-6},
+    "resmlp_big_24_224": {**_RESMLP, "patch_size": 8, "embed_dim": 768, "num_blocks": 24, "init_values": 1e-6},
 }
 
 INPUTS = {name: Input(mean=HALF, std=HALF) for name in VARIANTS if name.startswith("mixer_")}

@@ -159,6 +159,7 @@ _SIZES = {
     "medium": {"embed_dim": 512, "num_heads": 8},
     "base": {"embed_dim": 768, "num_heads": 12},
     "large": {"embed_dim": 1024, "num_heads": 16, "depth": 24},
+    "huge": {"embed_dim": 1280, "num_heads": 16, "depth": 32},
 }
 _DEIT3 = {"init_values": 1e-6, "no_embed_class": True}
 _CLIP = {
@@ -175,6 +176,10 @@ VARIANTS = {
     **{f"deit_{size}_patch16_224": _SIZES[size] for size in ("tiny", "small", "base")},
     **{f"deit_{size}_distilled_patch16_224": {**_SIZES[size], "distilled": True} for size in ("tiny", "small", "base")},
     **{f"deit3_{size}_patch16_224": {**_SIZES[size], **_DEIT3} for size in ("small", "medium", "base", "large")},
+    "deit_base_patch16_384": {**_SIZES["base"], "img_size": 384},
+    "deit_base_distilled_patch16_384": {**_SIZES["base"], "distilled": True, "img_size": 384},
+    **{f"deit3_{size}_patch16_384": {**_SIZES[size], **_DEIT3, "img_size": 384} for size in ("small", "base", "large")},
+    "deit3_huge_patch14_224": {**_SIZES["huge"], **_DEIT3, "patch_size": 14},
     **{f"vit_{size}_clip_224": {**options, "pre_norm": True, "norm_eps": 1e-5} for size, options in _CLIP.items()},
     **{
         f"vit_{size}_clip_quickgelu_224": {**options, **_QUICK, "num_classes": 768 if "large" in size else 512}
@@ -191,6 +196,8 @@ def _input(name: str) -> Input:
     if "_clip_" in name:  # of the checkpoints fine-tuned on ImageNet
         crop = {"vit_base_patch32_clip_224": 0.9, "vit_base_patch16_clip_224": 0.95}.get(name)
         return Input(mean=CLIP_MEAN, std=CLIP_STD, crop=crop) if crop else Input(mean=HALF, std=HALF, crop=1.0)
+    if name.endswith("_384"):
+        return Input(size=384, crop=1.0)
     return Input(mean=HALF, std=HALF, crop=0.9) if name.startswith("vit_") else Input(crop=0.9)
 
 
