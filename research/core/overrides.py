@@ -27,9 +27,9 @@ def parse(key: str, text: str, like: Any, kind: type | None = None) -> Any:
     Raises:
       UserError: the text is not of that type, or the value is a group of keys.
     """
-    if text in ("None", "none"):
-        return None
     kind = type(like) if like is not None else kind
+    if text == "None" or (text == "none" and kind is not str):  # "none" may be a word, such as a kind of crop
+        return None
     if kind in (tuple, list):
         return _sequence(key, text, tuple(like or ()))
     if kind in SCALARS:

@@ -224,3 +224,9 @@ def test_a_broken_or_foreign_folder_is_refused(file, tmp_path):
     with pytest.raises(UserError, match="holds metrics.jsonl but no config.json"):
         configs.claim(tmp_path, configs.load(file))
     assert not (tmp_path / "config.json").exists()
+
+
+def test_none_is_a_word_where_words_are_expected():
+    assert configs.parse_arg("arms=none", arms="kd").arms == "none"
+    assert configs.parse_arg("arms=None", arms="kd").arms is None
+    assert configs.parse_arg("size=none", size=3).size is None
