@@ -37,6 +37,7 @@ FAMILIES = (
     "ghostnet",
     "bimlp",
     "vanillanet",
+    "parameternet",
 )
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
