@@ -1,4 +1,4 @@
-"""All backbones with what they cost: `python -m research.backbones [PATTERN...]`.
+"""All backbones with what they cost: `python -m research.backbones [PATTERN...]`; one by layer: `... summary NAME`.
 
 PATTERN selects names as a shell does (`'vit_*'`). Parameters and multiply-adds are counted, not measured: nothing is
 computed.
@@ -16,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from research import backbones
+from research.backbones import summary
 from research.core.cost import macs, params_count
 
 
@@ -33,6 +34,9 @@ def cost(name: str) -> tuple[int, int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["summary"]:
+        return summary.main(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m research.backbones", description=__doc__.splitlines()[0])
     parser.add_argument("patterns", nargs="*", default=["*"], metavar="PATTERN", help="names to show, such as 'vit_*'")
     patterns = parser.parse_args(argv).patterns
