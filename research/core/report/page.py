@@ -9,7 +9,7 @@ from typing import Any
 
 from research.core import compare
 from research.core import config as configs
-from research.core.report import fairness, svg, text
+from research.core.report import costs, fairness, svg, text
 from research.core.report.style import CSS, SCRIPT, STYLES
 from research.core.report.summary import Arm, Metric, Summary
 
@@ -172,34 +172,17 @@ def _fairness(said: fairness.Fairness) -> str:
 
 
 def _cost(summary: Summary) -> str:
-    shared = any(len(run.config.get("students", ())) > 1 for run in summary.runs)
-    head = ["", "parameters", "MACs", "time a step", "examples/s", "peak memory", "wall time a run"]
-    rows = []
-    for arm in summary.arms:
-        mine = list(arm.runs.values())
-        count = mine[0].cost_of(arm.inner)
-        found = [text.quantity(count.get("params")), text.quantity(count.get("macs"))]
-        if not arm.reference:
-            memory = _mean(run.memory_gb() for run in mine)
-            found += [
-                text.duration(_mean(run.seconds_per_step() for run in mine)),
-                text.quantity(_mean(run.examples_per_second() for run in mine)),
-                text.MISSING if memory is None else f"{memory:.2f} GB",
-                text.duration(_mean(run.seconds() for run in mine if run.finished)),
-            ]
-        else:
-            found += [""] * 4
-        kind = "reference" if arm.reference else ""
-        rows.append(_row(_swatch(summary, arm) + _e(arm.label), [("", value) for value in found], kind))
-    note = "MACs: multiply-adds of matrix products and convolutions, one example forward. Time a step: median."
-    if shared:
-        note += " Times and memory are those of the whole run, which trains its arms side by side."
-    return f'<section><h2>Cost</h2>{_table(head, rows, "Cost")}<p class="quiet">{_e(note)}</p></section>'
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    statistic = compare.statistic([value for value in values if value is not None])
-    return statistic.mean if statistic else None
+    found = costs.costs(summary)
+    rows = [
+        _row(
+            _swatch(summary, arm) + _e(arm.label),
+            [("", value) for value in values],
+            "reference" if arm.reference else "",
+        )
+        for arm, values in zip(summary.arms, found.rows, strict=True)
+    ]
+    table = _table(["", *found.head], rows, "Cost")
+    return f'<section><h2>Cost</h2>{table}<p class="quiet">{_e(found.note)}</p></section>'
 
 
 def _options(summary: Summary) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from research.core import compare, runs, storage, sweeps
 from research.core import config as configs
 from research.core.errors import UserError
+from research.core.report import measured
 
 BASELINES = ("none", "no_kd", "nokd", "baseline", "supervised", "ce", "scratch")
 ORDER = ("top1", "accuracy", "acc", "miou", "map", "auroc", "top5")
@@ -58,7 +59,10 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """Everything a report shows. `notes` are messages about missing and unfinished runs."""
+    """Everything a report shows.
+
+    `notes` are messages about missing and unfinished runs; `timings` are what `measured.read` gives.
+    """
 
     title: str
     runs: tuple[runs.Run, ...]
@@ -68,6 +72,7 @@ class Summary:
     notes: tuple[str, ...]
     plan: sweeps.Plan | None
     patterns: tuple[str, ...]
+    timings: tuple[tuple[dict[str, Any], measured.Measured], ...] = ()
 
     @property
     def compared(self) -> list[Arm]:
@@ -91,6 +96,10 @@ class Summary:
         if self.baseline is None or arm is self.baseline or arm.reference:
             return None
         return compare.gap(arm.values(metric.name), self.baseline.values(metric.name))
+
+    def measured_of(self, arm: Arm) -> measured.Measured | None:
+        """What a step of the arm takes on its own, where that was measured."""
+        return measured.lookup(self.timings, next(iter(arm.runs.values())).config, arm.inner)
 
     def differing(self) -> list[str]:
         """The options that differ between the arms, without the seed."""
@@ -132,7 +141,8 @@ def collect(paths: Sequence[str | os.PathLike], baseline: str | None = None, met
     metrics = _metrics(arms, metric)
     title = " + ".join(path.resolve().name for path in map(storage.folder, paths))
     patterns = compare.method_keys(found[0].config)
-    return Summary(title, tuple(found), tuple(arms), tuple(metrics), first, tuple(notes), plan, patterns)
+    timed = tuple(measured.read(map(storage.folder, paths)))
+    return Summary(title, tuple(found), tuple(arms), tuple(metrics), first, tuple(notes), plan, patterns, timed)
 
 
 def _under(folder: storage.Path, paths: Sequence[str | os.PathLike]) -> str:

@@ -137,12 +137,15 @@ def duration(seconds: float | None) -> str:
 
 def table(summary: Summary, width: int) -> Table:
     """The result as a rich table at most `width` wide: the last metrics are left to the page where they do not fit."""
-    heads = columns(summary)
-    rows = [cells(summary, arm) for arm in summary.arms]
+    return fitted(summary.title, columns(summary), [cells(summary, arm) for arm in summary.arms], summary, width)
+
+
+def fitted(title: str, heads: list[str], rows: list[list[Cell]], summary: Summary, width: int) -> Table:
+    """A table with a row for each arm of the summary, of as many of the first columns as fit in `width`."""
     sizes = [max(len(head), *(len(row[i].text) for row in rows)) + 3 for i, head in enumerate(heads)]
     room = width - max(len(arm.label) for arm in summary.arms) - 3
     shown = max(2, sum(sum(sizes[: i + 1]) <= room for i in range(len(sizes))))
-    found = Table(title=summary.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    found = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     found.add_column("arm", no_wrap=True)
     for heading in heads[:shown]:
         found.add_column(heading, justify="right", no_wrap=True)

@@ -1,0 +1,259 @@
+"""The programs whose times and memory say what a way of distilling costs: a step with it, without it, and it alone.
+
+All take the teacher's outputs as arguments, so that its forward pass, which every way shares, is not in the difference.
+"""
+
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.backbones import classify
+from research.core import config as configs
+from research.core import cost, runs, scope
+from research.data import mixup
+from research.distill import arms, losses, text_targets
+from research.distill.hints import Hint
+
+
+class Program(NamedTuple):
+    """A compiled function with what the compiler says of it, and arguments to call it with."""
+
+    run: Callable
+    arguments: tuple
+    cost: cost.Cost
+
+    @property
+    def bytes(self) -> int:
+        """Arguments and temporaries."""
+        return self.cost.argument_bytes + self.cost.temporary_bytes
+
+
+class Way(NamedTuple):
+    """The programs of one arm.
+
+    Attributes:
+      step: (model, adaptor, images, taught, extra) -> (model, adaptor), both given up to it; None where not asked for.
+      alone: value and gradient of its losses in the student's outputs and the adaptor; None without losses.
+      params: entries of the adaptor.
+      student: equal for arms whose step is the same without their losses.
+    """
+
+    step: Program | None
+    alone: Program | None
+    params: int
+    student: str
+
+
+def compiled(function: Callable, *arguments, donate: tuple[int, ...] = ()) -> Program:
+    """`function` compiled for these arguments; those of the positions `donate` are given up in each call."""
+    found = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    return Program(found, arguments, cost.cost_of(found))
+
+
+def networks(config) -> dict[str, classify.Network]:
+    """The networks of a resolved config by arm, and `teacher` where there is one."""
+    sections = dict(config.students) | ({runs.TEACHER: config.teacher} if config.teacher.model else {})
+    return {
+        name: classify.network(s.model, config.data.num_classes, config.augment.size, dtype=s.dtype, **s.options)
+        for name, s in sections.items()
+    }
+
+
+def batch_of(config) -> dict[str, jax.Array]:
+    """A made-up batch of the config's size, as the pipeline gives it."""
+    rng, rows = np.random.default_rng(0), config.batch_size
+    images = rng.integers(0, 256, (rows, config.augment.size, config.augment.size, 3), dtype=np.uint8)
+    labels = rng.integers(0, config.data.num_classes, rows, dtype=np.int32)
+    index = rng.integers(0, config.data.num_examples, rows, dtype=np.int32)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(labels), "index": jnp.asarray(index)}
+
+
+def teacher_program(config, network: classify.Network, batch: Mapping[str, jax.Array]) -> Program:
+    """images -> logits and all endpoints, as the training step asks the teacher."""
+    params, state = jax.jit(network.init)(jax.random.key(0))
+    params = jax.tree.map(lambda x: x.astype(network.module.dtype), params)
+
+    def forward(params, state, images):
+        logits, endpoints, _ = network.apply(params, state, classify.unit(images))
+        return {**endpoints, "logits": logits}
+
+    return compiled(forward, params, state, batch["image"])
+
+
+def text_of(config, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The text targets that stand beside the teacher's endpoints; {} where the config has none."""
+    if not config.teacher.get("text"):
+        return {}
+    width = text_targets.load(config.teacher.text, config.data.num_examples).embeddings.shape[1]
+    return {"text": jnp.full((len(batch["image"]), width), width**-0.5)}
+
+
+def objective(config, student: Mapping, taught: Mapping[str, jax.Array]) -> Hint | None:
+    """Loss and hint of an arm, weighted and summed, as one Hint; None for an arm that learns from labels alone."""
+    parts = []
+    if student.loss:
+        parts.append((student.loss_weight, _of_logits(student)))
+    if student.hint:
+        parts.append((student.hint_weight, _hint(config, student, taught)))
+    if not parts:
+        return None
+
+    def init(key, seen, taught):
+        found = [hint.init(key, seen, taught) for _, hint in parts]
+        return [params for params, _ in found], [state for _, state in found]
+
+    def apply(params, state, seen, taught, **extra):
+        total, new = jnp.zeros(()), []
+        for (weight, hint), own, old in zip(parts, params, state, strict=True):
+            value, after = hint.apply(own, old, seen, taught, **extra)
+            total, new = total + weight * value, [*new, after]
+        return total, new
+
+    return Hint(init, apply)
+
+
+def _of_logits(student: Mapping) -> Hint:
+    function = functools.partial(losses.pick(losses.LOSSES, student.loss), **student.loss_options)
+
+    def apply(params, state, seen, taught, *, labels, **_):
+        arrays = seen["logits"], taught["logits"], labels
+        if student.loss in losses.RELATIONAL:
+            return scope.by_group(function, student.group or None, *arrays), state
+        return jnp.mean(function(*arrays)), state
+
+    return Hint(lambda key, seen, taught: ({}, {}), apply)
+
+
+def _hint(config, student: Mapping, taught: Mapping[str, jax.Array]) -> Hint:
+    """The hint of an arm; what training takes from data and teacher, CRD's classes and SRRL's head, is made up."""
+    builder = losses.pick(losses.HINTS, student.hint)
+    accepts, options = inspect.signature(builder).parameters, dict(student.hint_options)
+    if "num_examples" in accepts:
+        options |= {"num_examples": config.data.num_examples}
+        options.setdefault("classes", np.arange(config.data.num_examples) % config.data.num_classes)
+    if "kernel" in accepts:
+        shape = (taught["pooled"].shape[-1], config.data.num_classes)
+        options = {"kernel": np.zeros(shape, np.float32), "bias": np.zeros(shape[1], np.float32)} | options
+    if student.group and "group" in accepts:
+        options["group"] = student.group
+    return builder(**options)
+
+
+def without(student: Mapping) -> str:
+    """What names the step that an arm has without its losses: model, its options and the loss of labels."""
+    plain = configs.plain(student)
+    kept = ("model", "options", "dtype", "label_loss", "label_weight", "smoothing", "optimizer")
+    return json.dumps({key: plain[key] for key in kept}, sort_keys=True)
+
+
+def way(config, name: str, network: classify.Network, batch: Mapping[str, jax.Array], taught, *, whole=True) -> Way:
+    """The programs of arm `name` of a resolved config.
+
+    Args:
+      network: of the arm.
+      batch: from `batch_of`.
+      taught: the teacher's outputs, arrays.
+      whole: compile the step too.
+    Raises:
+      ValueError: a loss or optimiser that asks more of a step than one batch and one gradient.
+    """
+    student = config.students[name]
+    if (student.optimizer.get("name") or config.optimizer.name) == arms.DOT:
+        raise ValueError("optimizer 'dot' takes two gradients a step")
+    key = jax.random.key(0)
+    params, state = jax.jit(network.init)(key)
+    shapes = jax.eval_shape(functools.partial(_outputs, network), params, state, batch["image"])
+    term = _with_unused(objective(config, student, taught), shapes, taught)
+    label = losses.pick(losses.LABEL_LOSSES, student.label_loss)
+    optimizer, _ = arms.optimizer(config, student)
+    made = jax.jit(lambda key, taught: term.init(key, _zeros(shapes), taught)) if term else lambda *_: ({}, {})
+    adaptor, adaptor_state = made(key, taught)
+    targets = mixup.mixed_target(
+        batch["label"], jnp.ones(()), num_classes=config.data.num_classes, smoothing=student.smoothing
+    )
+    extra = {"labels": targets, "index": batch["index"], "key": key, "epoch": jnp.ones(())}
+
+    def loss(params, states, images, taught, extra):
+        logits, endpoints, state = network.apply(params[0], states[0], images, train=True, key=extra["key"])
+        value, after = student.label_weight * jnp.mean(label(logits, extra["labels"])), states[1]
+        if term:
+            hinted, after = term.apply(params[1], states[1], {**endpoints, "logits": logits}, taught, **extra)
+            value = value + hinted
+        return value, (state, after)
+
+    def step(model, adaptor, images, taught, extra):
+        parts = model, adaptor
+        params, states = (tuple(part[k] for part in parts) for k in (0, 1))
+        grads, states = jax.grad(loss, has_aux=True)(params, states, classify.unit(images), taught, extra)
+        new = []
+        for k, part in enumerate(parts):
+            updates, opt_state = optimizer.update(grads[k], part[2], params[k])
+            new.append((optax.apply_updates(params[k], updates), states[k], opt_state))
+        return tuple(new)
+
+    model = params, state, optimizer.init(params)
+    more = adaptor, adaptor_state, optimizer.init(adaptor)
+    seen, taught = _used(term, adaptor, adaptor_state, shapes, taught, extra) if term else ({}, {})
+    stepped = compiled(step, model, more, batch["image"], taught, extra, donate=(0, 1)) if whole else None
+    # Copies, as the step gives its own up.
+    copied = jax.tree.map(jnp.copy, (adaptor, adaptor_state))
+    alone = _alone(term, *copied, seen, taught, extra) if term else None
+    return Way(stepped, alone, cost.params_count(adaptor), without(student))
+
+
+def _outputs(network: classify.Network, params, state, images) -> dict[str, jax.Array]:
+    logits, endpoints, _ = network.apply(params, state, classify.unit(images))
+    return {**endpoints, "logits": logits}
+
+
+def _zeros(shapes):
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+
+def _with_unused(term: Hint | None, seen, taught) -> Hint | None:
+    """`term` of outputs some of which are left out, as it does not read them."""
+    if term is None:
+        return None
+    shapes = tuple(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree) for tree in (seen, taught))
+
+    def apply(params, state, seen, taught, **extra):
+        whole = (_zeros(shape) | given for shape, given in zip(shapes, (seen, taught), strict=True))
+        return term.apply(params, state, *whole, **extra)
+
+    return Hint(term.init, apply)
+
+
+def _used(term: Hint, params, state, seen, taught, extra) -> tuple[dict, dict]:
+    """The student's and the teacher's outputs that the value depends on."""
+    arguments = params, state, seen, taught, extra
+    program = jax.make_jaxpr(lambda p, s, own, known, more: term.apply(p, s, own, known, **more)[0])(*arguments).jaxpr
+    read = {id(v) for eqn in program.eqns for v in eqn.invars}
+    flags = jax.tree.unflatten(jax.tree.structure(arguments), [id(v) in read for v in program.invars])
+    pairs = ((seen, flags[2]), (taught, flags[3]))
+    return tuple({name: x for name, x in found.items() if flag[name]} for found, flag in pairs)
+
+
+def _alone(term: Hint, params, state, seen, taught, extra) -> Program:
+    rng = np.random.default_rng(0)
+    seen = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), seen)
+
+    def value(params, seen, state, taught, extra):
+        return term.apply(params, state, seen, taught, **extra)
+
+    return compiled(jax.value_and_grad(value, (0, 1), has_aux=True), params, seen, state, taught, extra)
+
+
+def kinds(config) -> dict[str, Any]:
+    """Arm -> its loss and hint in words: `kd`, `hint review`, `nkd + hint vitkd`, or `labels`."""
+    words = {}
+    for name, student in config.students.items():
+        found = [student.loss] * bool(student.loss) + [f"hint {student.hint}"] * bool(student.hint)
+        words[name] = " + ".join(found) or "labels"
+    return words
