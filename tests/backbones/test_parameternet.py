@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.backbones import parameternet as recipe
 from research import backbones
 from research.backbones import parameternet
 from research.core import sharding
+from research.core.errors import UserError
 from research.layers import dynamic
 from research.port import names
 
@@ -138,3 +140,11 @@ def test_gradients_under_fsdp_are_those_of_one_device_from_one_program(variables
 def test_an_unknown_activation_is_refused(images):
     with pytest.raises(ValueError, match="act: 'swish' is none of relu"):
         jax.eval_shape(parameternet.build(**SMALL, act="swish").init, jax.random.key(0), images)
+
+
+def test_the_recipe_compares_experts_with_plain_convolutions():
+    c = recipe.get_config("variant=parameternet_300m")
+    assert {name: s.options.get("num_experts", 4) for name, s in c.students.items()} == {"dynamic": 4, "static": 0}
+    assert {s.model for s in c.students.values()} == {"parameternet_300m"}
+    with pytest.raises(UserError, match="no arm 'dynamo'; there are dynamic, static"):
+        recipe.get_config("arms=dynamo")
