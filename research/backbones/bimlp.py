@@ -20,7 +20,7 @@ from research.layers import binary, drop
 from research.layers.binary import BinaryConv, RPReLU, shifted
 from research.layers.drop import DropPath
 from research.layers.init import torch_bias, torch_linear
-from research.layers.norm import BatchNorm, accumulation_dtype
+from research.layers.norm import BatchNorm, GroupNorm, accumulation_dtype
 from research.layers.pool import global_mean
 from research.layers.remat import rematerialised
 
@@ -29,26 +29,10 @@ WINDOWS = (2, 3, 5, 7)  # of the max pools whose mean halves a map
 HEIGHT, WIDTH = (1, 7), (7, 1)  # kernels of the branches that the official file calls h and w
 
 
-class SampleNorm(nn.Module):
-    """Group normalisation with one group: each example by the mean and variance of its whole map, (B, H, W, C).
-
-    Source: Wu & He 2018; `GroupNorm(1, C)` of PyTorch and MindSpore.
-    """
-
-    epsilon: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        del train  # called as a batch norm is
-        scale, bias = (
-            self.param(name, init, (x.shape[-1],)).astype(accumulation_dtype(x))[None, None, None]
-            for name, init in (("scale", nn.initializers.ones), ("bias", nn.initializers.zeros))
-        )
-        x = x.astype(accumulation_dtype(x))
-        x = x - jnp.mean(x, axis=(1, 2, 3), keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(1, 2, 3), keepdims=True) + self.epsilon)
-        return (x * scale + bias).astype(self.dtype)
+def sample_norm(name: str, dtype: jnp.dtype) -> Callable:
+    """A norm of each example by the mean and variance of its whole map, called as a batch norm: `norm(x, train)`."""
+    norm = GroupNorm(1, dtype=dtype, name=name)
+    return lambda x, train: norm(x)
 
 
 def matched(x: jax.Array, features: int) -> jax.Array:
@@ -250,7 +234,7 @@ class BiMLP(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
         norms = {
             "batch": functools.partial(BatchNorm, group=self.bn_group, dtype=self.dtype),
-            "sample": functools.partial(SampleNorm, dtype=self.dtype),
+            "sample": functools.partial(sample_norm, dtype=self.dtype),
         }
         norm = norms[self.norm_layer]
         x = Projection(self.embed_dims[0], norm, 7, 4, 2, dtype=self.dtype, name="patch_embed")(

@@ -162,10 +162,6 @@ def test_frozen_weights_compute_the_same_and_are_two_values_an_output(variables,
 
 def test_the_published_networks_differ_in_depth_and_norm():
     assert create("bimlp_m").norm_layer == "sample" and sum(create("bimlp_m").layers) == 18
-    norm, x = bimlp.SampleNorm(), 3 + 2 * jax.random.normal(jax.random.key(0), (2, 4, 5, 6))
-    y = norm.apply(norm.init(jax.random.key(0), x, True), x, True)
-    np.testing.assert_allclose(np.mean(y, axis=(1, 2, 3)), 0, atol=1e-5)
-    np.testing.assert_allclose(np.std(y, axis=(1, 2, 3)), 1, rtol=1e-4)
 
 
 def test_shortcuts_copy_side_by_side_and_average_neighbours():
