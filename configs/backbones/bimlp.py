@@ -6,7 +6,7 @@ Command:    python -m launch.train --config configs/backbones/bimlp.py:step=1 \\
               --config.data.path=/data/imagenet --config.teacher.weights=resnet101.safetensors \\
               --config.students.kd.weights=runs/bimlp_s_1/weights/kd.safetensors
             (":variant=bimlp_m", ":activation=sign" or "bireal", ":teacher=" any backbone, ":smoke")
-Hardware:   8 H200 about 14 h a step, bound by decoding (estimated; not run here)
+Hardware:   8 GPUs of 40 GB or more; not run here, so no time is known
 Published:  top-1 71.56 for bimlp_m (README of the official code). The authors gave no recipe: data, length and
             optimiser are Wave-MLP's, the real-valued network they started from; the two steps, a loss of the teacher's
             distribution alone, the teacher and no weight decay in step 2 are ReActNet's (arXiv 2003.03488)

@@ -3,7 +3,7 @@
 Command:    python -m launch.sweep --config configs/backbones/bimlp_small.py --sweep.seed=0,1,2 \\
               --workdir runs/bimlp_small --config.data.path=cifar10.zip
             (one seed: python -m launch.train …; ":arms=" any of QUANTISERS joined by "+"; ":smoke")
-Hardware:   2 CPU cores, about 40 min for three seeds (estimated from one step)
+Hardware:   2 CPU cores, about an hour for three seeds (estimated from single steps; not run here)
 Data:       {train,test}/<class>/<n>.jpg of 32x32 pixels, 10 classes, in a zip or a folder
 Published:  nothing of this size; research/backbones/README.md shows our table
 
