@@ -132,20 +132,22 @@ def _batched(items: Iterable, size: int) -> Iterator[list]:
         yield batch
 
 
-def labeller(network: classify.Network, params, model_state, made: dict, batch: int) -> Label:
-    """The teacher as a function of host images, on all devices of this process where the batch divides."""
+def labeller(networks: teachers.Networks, variables: dict, made: dict, batch: int) -> Label:
+    """The teachers as a function of host images, on all devices of this process where the batch divides."""
     if made["form"] == label_files.MAPS:
-        head = stored.find_head(network, params, model_state)
-        apply = stored.label_map(network, head, made["top"])
+        [(name, network)] = networks.items()
+        head = stored.find_head(network, variables[name]["params"], variables[name]["model_state"])
+        scores = stored.label_map(network, head, made["top"])
+        apply = lambda found, images: scores(found[name]["params"], found[name]["model_state"], images)
     else:
-        apply = lambda *arguments: stored.label(network.apply(*arguments)[0], made["top"])
+        apply = lambda *arguments: stored.label(teachers.apply(networks, *arguments)[0], made["top"])
     devices = jax.local_devices()
     mesh = sharding.mesh({"data": -1}, devices if batch % len(devices) == 0 else devices[:1])
-    variables = jax.device_put((params, model_state), sharding.replicated(mesh))
-    run = jax.jit(lambda variables, images: apply(*variables, classify.unit(images)))
+    placed = jax.device_put(variables, sharding.replicated(mesh))
+    run = jax.jit(lambda variables, images: apply(variables, classify.unit(images)))
 
     def label(images):
-        return jax.device_get(run(variables, jax.device_put(images, sharding.batch_sharding(mesh))))
+        return jax.device_get(run(placed, jax.device_put(images, sharding.batch_sharding(mesh))))
 
     return label
 
@@ -193,56 +195,61 @@ def write(job: Job, label: Label, store: Store, part: tuple[int, int]) -> int:
     return 0 if label_files.METADATA in store.sizes() else made["shards"] - len(done)
 
 
-def variables(config: ConfigDict, network: classify.Network) -> tuple[dict, dict]:
-    """(params, model_state) of the config's teacher."""
-    if config.teacher.weights == teachers.RANDOM:
-        params, model_state = network.init(jax.random.PRNGKey(config.seed))
-    else:
-        params, model_state = teachers.pretrained(config.teacher, network, config.data.num_classes)
-    return jax.tree.map(lambda x: jnp.asarray(x, network.module.dtype), params), model_state
+def teachers_of(config: ConfigDict) -> tuple[teachers.Networks, dict]:
+    """(networks, {name: {"params", "model_state"}}) of a config's teachers; random ones are of the config's seed."""
+    networks = teachers.networks(config)
+    variables = teachers.frozen(networks, jax.random.PRNGKey(config.seed))
+    for name, found in teachers.weights(config, networks).items():
+        dtype = networks[name].module.dtype
+        params = jax.tree.map(lambda x, dtype=dtype: jnp.asarray(x, dtype), found["params"])
+        variables[name] = {"params": params, "model_state": found["model_state"]}
+    return networks, variables
 
 
 def prepare(config: ConfigDict, options: argparse.Namespace) -> tuple[Job, Label]:
-    """The job and its teacher, which is trained by its recipe first where it has one and no weights."""
+    """The job and its teachers, which are trained by their recipes first where they have those and no weights."""
     config = config.copy_and_resolve_references().unlock()
     if not config.get("teacher") or not config.teacher.model:
         raise UserError("teacher.model: not set; labels need a teacher")
     config.teacher.labels = ""
     data = train.open_data(config.lock())
     config = train.with_teacher(train.resolve(config, data), storage.folder(options.output))
-    train.train_teachers(config)
-    mixing = views.Mixing(**{key: config.mix[key] for key in views.MIX})
-    identity, transform = labelled_views.identity(data.train), data.train_transform
-    classes, maps = identity["num_classes"], options.form == label_files.MAPS
+    identity, maps = labelled_views.identity(data.train), options.form == label_files.MAPS
+    classes = identity["num_classes"]
     top = options.top or (min(5, classes) if maps else classes)
     if top > classes:
         raise UserError(f"--top {options.top}: the data has {classes} classes; 0 keeps all")
-    teacher = config.teacher
+    if maps and len(teachers.sections(config)) > 1:
+        raise UserError("--form maps: maps are of one teacher; leave teacher.ensemble out")
+    train.train_teachers(config)
+    mixing = views.Mixing(**{key: config.mix[key] for key in views.MIX})
     size = options.size if maps else config.augment.size
-    network = classify.network(teacher.model, classes, size, dtype=teacher.dtype, **teacher.options)
-    params, model_state = variables(config, network)
+    sized = config.copy_and_resolve_references().unlock()
+    sized.augment.size = size
+    networks, variables = teachers_of(sized.lock())
     made = {
         "form": options.form,
         "data": identity,
-        "teacher": {"model": teacher.model, "digest": digest(params, model_state)},
+        "teacher": {"model": "+".join(network.name for network in networks.values()), "digest": digest(variables)},
         "top": top,
         "dtype": options.dtype,
         "shards": min(options.shards, identity["examples"]),
     }
     if maps:
-        shape = jax.eval_shape(
-            stored.label_map(network, stored.find_head(network, params, model_state), top),
-            params,
-            model_state,
-            jnp.zeros((1, size, size, 3)),
-        )["scores"].shape
-        made |= {"views": 1, "size": size, "map": list(shape[1:3])}
+        made |= {"views": 1, "size": size, "map": _map_shape(networks, variables, size)}
     else:
-        augments, mixes = labelled_views.options(transform), labelled_views.options(mixing)
+        augments, mixes = labelled_views.options(data.train_transform), labelled_views.options(mixing)
         made |= {"views": options.views, "seed": config.seed, "augment": augments, "mix": mixes}
     batch = options.batch or config.batch_size
-    job = Job(data.train, views.Views(data.train, transform, mixing), made, batch, config.data.on_corrupt)
-    return job, labeller(network, params, model_state, made, batch)
+    job = Job(data.train, views.Views(data.train, data.train_transform, mixing), made, batch, config.data.on_corrupt)
+    return job, labeller(networks, variables, made, batch)
+
+
+def _map_shape(networks: teachers.Networks, variables: dict, size: int) -> list[int]:
+    [(name, network)] = networks.items()
+    found = variables[name]["params"], variables[name]["model_state"]
+    scores = stored.label_map(network, stored.find_head(network, *found), 1)
+    return list(jax.eval_shape(scores, *found, jnp.zeros((1, size, size, 3)))["scores"].shape[1:3])
 
 
 def parser() -> argparse.ArgumentParser:

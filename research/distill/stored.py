@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from research.backbones import classify
 from research.core import sharding
 from research.data import mixup
-from research.distill import stored_labels
+from research.distill import arms, stored_labels
 from research.distill.numerics import wide
 
 SMALLEST = 1e-30  # probability that stands for none at all, so that its logarithm is finite
@@ -64,6 +64,41 @@ def targets(batch: Mapping[str, jax.Array], num_classes: int, smoothing: float =
     return mixup.mixed_target(
         batch["label"], share, num_classes=num_classes, smoothing=smoothing, partners=batch["partner"]
     )
+
+
+def form_of(config) -> str:
+    """How a config's stored labels become distributions, `teacher.densify`; empty where it stores none.
+
+    Raises:
+      ValueError: another form than those of `stored_labels.densify`.
+    """
+    t = config.teacher
+    if not t.get("labels"):
+        return ""
+    if t.densify not in stored_labels.FORMS:
+        raise ValueError(f"teacher.densify={t.densify!r}: choose one of {', '.join(stored_labels.FORMS)}")
+    return t.densify
+
+
+def init_hint(arm: arms.Arm, key: jax.Array, num_classes: int, name: str) -> tuple:
+    """(adaptor parameters, adaptor state) of an arm's hint with a teacher of which the logits alone are known.
+
+    Args:
+      arm: with a hint.
+      key: of the adaptor's parameters.
+      num_classes: C.
+      name: of the config key that chose it.
+    Raises:
+      ValueError: it needs the teacher's features.
+    """
+    try:
+        teacher = {"logits": jax.ShapeDtypeStruct((2, num_classes), jnp.float32)}
+        return arm.hint.init(key, arms.endpoints(arm.network), teacher)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} needs features of the teacher, but teacher.labels stores its logits alone ({error}): "
+            "leave the hint out, or train without teacher.labels"
+        ) from None
 
 
 class Head(NamedTuple):

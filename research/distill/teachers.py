@@ -22,9 +22,12 @@ Networks = dict[str, classify.Network]
 
 
 def sections(config) -> dict[str, Mapping]:
-    """The teachers of a config by name, the main one as `teacher`, others as `teacher_<name>`; empty without."""
+    """The teachers of a config by name, the main one as `teacher`, others as `teacher_<name>`.
+
+    Empty without, and where stored labels take their place.
+    """
     t = config.teacher
-    if not t.model:
+    if not t.model or t.get("labels"):
         return {}
     return {TEACHER: t, **{f"{TEACHER}_{name}": more for name, more in t.get("ensemble", {}).items()}}
 
