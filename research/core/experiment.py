@@ -125,7 +125,9 @@ def supervised(
 
     def init_state(key):
         init_key, frozen_key, key = jax.random.split(key, 3)
-        params, model_state = init(init_key)
+        # Python numbers make weakly typed leaves, which a step returns as strong ones: it would be compiled twice.
+        strong = lambda x: jax.lax.convert_element_type(x, x.dtype)
+        params, model_state = jax.tree.map(strong, init(init_key))
         # An average starts as a copy: the same buffer may not be donated twice.
         copied = lambda: jax.tree.map(jnp.copy, {"params": params, "model_state": model_state})
         averages = {f"ema{decay}": copied() for decay in ema}

@@ -62,13 +62,17 @@ def weights(config, found: Networks) -> dict:
 
 
 def apply(found: Networks, variables: Mapping, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(logits (K, B, C), endpoints of the first teacher with its `logits`), all constants, of images in [0, 1]."""
+    """(logits (K, B, C), the first teacher's endpoints and all teachers' mean `logits`), constants.
+
+    Images are in [0, 1]. It is the mean of raw logits that MEAL V2's discriminator sees.
+    """
     logits, seen = [], {}
     for name, network in found.items():
         own, endpoints, _ = network.apply(variables[name]["params"], variables[name]["model_state"], images)
         logits.append(own)
-        seen = seen or {**endpoints, "logits": own}
-    return jax.lax.stop_gradient((jnp.stack(logits), seen))
+        seen = seen or endpoints
+    stacked = jnp.stack(logits)
+    return jax.lax.stop_gradient((stacked, {**seen, "logits": jnp.mean(stacked, axis=0)}))
 
 
 def combined(logits: jax.Array) -> jax.Array:

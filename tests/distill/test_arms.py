@@ -26,6 +26,7 @@ STUDENTS = {
     "meal": dict(loss="meal"),
     "srrl": dict(hint="srrl"),
     "ofd": dict(hint="ofd", hint_weight=1e-3),
+    "ctkd": dict(hint="ctkd"),
     "late": dict(
         loss="kd",
         loss_options=dict(temperature=2.0),
@@ -115,6 +116,14 @@ def test_two_views_reach_the_loss(run):
     assert np.isfinite(metrics["mlld/loss"]) and optax_norm(moved(run, "mlld")) > 0
     stats = [run[2].model_state[name]["model"]["batch_stats"] for name in ("mlld", "alone")]
     assert optax_norm(jax.tree.map(lambda a, b: a - b, *stats)) > 0
+
+
+def test_a_step_returns_what_it_takes(run):
+    """Shapes, types and their weakness: a second step is not compiled anew."""
+    bound, *_, batch = run
+    state, _ = bound.train_step(bound.init(jax.random.PRNGKey(0)), bound.put(batch))
+    bound.train_step(state, bound.put(batch))
+    assert bound.train_step._cache_size() == 1
 
 
 def test_hints_see_the_teachers_own_layers(run):

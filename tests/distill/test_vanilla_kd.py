@@ -20,6 +20,7 @@ ARGUMENTS = {
     "vanilla_kd_r50_a1": "arms=kd+bkd+cc+rkd,teacher=resnet152,smoke",
     "vanilla_kd_r50_a2": "arms=crd+review,teacher=resnet152,smoke",
     "vanilla_kd_vit_s_a2": "teacher=beitv2_large,smoke",
+    "cifar_compare": "pair=resnet20-vit,arms=fitnet+sp+ofa,smoke",
     "ofa_cifar_cnn": "pair=mixer_b-mobilenetv2,smoke",
 }
 
