@@ -8,7 +8,8 @@ Source: "Revisit the Power of Vanilla Knowledge Distillation", arXiv 2305.15781.
 with its own model, optimiser and loss. Teachers and students see the same mixed image, each with its own normalisation
 (the published runs fed the teacher with the student's). Arms of equal model and options start from equal weights. An
 arm without `loss` and `hint` is plain supervised training, and so the teacher of a small study is trained here too.
-Losses of two views (MLLD) see a second, strongly augmented one, `augment.strong`.
+Losses of two views (MLLD) see a second, strongly augmented one, `augment.strong`. With stored labels no teacher runs:
+batches bring its logits, and images that are mixed already (research.distill.stored).
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from research.core import experiment as engine
 from research.core import metrics as metrics_lib
 from research.data import mixup
 from research.distill import arms as arms_lib
-from research.distill import teachers, text_targets
+from research.distill import stored, teachers, text_targets
 from research.distill.arms import optimizer
 from research.distill.multilevel import Views
 
@@ -42,11 +43,11 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
       ValueError: a teacher without weights, a distillation loss without a teacher, unknown losses or models, two views
         without `augment.strong` or with mixing.
     """
-    networks = teachers.networks(config)
+    networks, form, classes = teachers.networks(config), stored.form_of(config), config.data.num_classes
     arms = {name: arms_lib.arm(student, config, labels, networks) for name, student in config.students.items()}
     # Text rows stay on the host until `weights`: in `frozen` they are placed, and left out of checkpoints.
     text = text_targets.load(config.teacher.text, config.data.num_examples) if config.teacher.get("text") else None
-    _check(config, arms, bool(networks), text is not None)
+    _check(config, arms, bool(networks or form), text is not None)
     optimizers, rates = {}, {}
     for name, student in config.students.items():
         optimizers[name], rates[name] = optimizer(config, student)
@@ -54,6 +55,8 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
 
     def init_arm(name, key):
         width = 0 if text is None else text.embeddings.shape[1]
+        if form and arms[name].hint and not width:
+            return stored.init_hint(arms[name], key, classes, f"students.{name}.hint={config.students[name].hint}")
         return arms_lib.init_hint(arms[name], networks, width, key)
 
     def init(key):
@@ -88,6 +91,9 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
     def seen(fixed, batch, images):
         """(logits of all teachers (K, B, C) or None, the first one's endpoints) of the step's images."""
         known, taught = teachers.apply(networks, fixed, images) if networks else (None, {})
+        if form:
+            logits = stored.known(batch, classes, form=form)
+            known, taught = logits[None], {"logits": logits}
         if text is not None:
             # A mixed image keeps the text of its own position, as in the published runs.
             row = fixed["text"]["rows"][batch["index"]]
@@ -99,7 +105,10 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         # One mixing for all arms, and one target for each of their smoothings.
         smoothings = tuple({arm.smoothing: None for arm in arms.values()})
         images = classify.unit(batch["image"])
-        images, mixed = mixup.mix(mix_key, images, batch["label"], smoothing=smoothings, **_mix(config))
+        if form:
+            mixed = [stored.targets(batch, classes, smoothing) for smoothing in smoothings]
+        else:
+            images, mixed = mixup.mix(mix_key, images, batch["label"], smoothing=smoothings, **_mix(config))
         targets = dict(zip(smoothings, mixed, strict=True))
         fixed = context.frozen
         known, taught = seen(fixed, batch, images)
@@ -190,6 +199,8 @@ def _check(config, arms, taught: bool, text: bool) -> None:
         raise ValueError(f"students.{needy[0]} distils without a teacher: set teacher.model, or loss and hint to ''")
     if views := [name for name, arm in arms.items() if arm.views]:
         loss = config.students[views[0]].loss
+        if config.teacher.get("labels"):
+            raise ValueError(f"students.{views[0]}: {loss!r} compares two views, teacher.labels stores labels of one")
         if not config.augment.get("strong"):
             raise ValueError(f"students.{views[0]}: {loss!r} compares two views; set augment.strong, e.g. rand-m10-n2")
         if config.mix.mixup or config.mix.cutmix:
