@@ -137,15 +137,24 @@ def test_hyper_parameters_may_be_mapped_over(name):
         assert results(name)["apart"][0] != results(name)["apart"][1]
 
 
-def test_a_sharded_batch_gives_the_same_losses():
+def test_a_sharded_batch_gives_the_same_losses_and_gradients():
     student, teacher = (jnp.asarray(_draw(8, C, seed=k)) for k in (1, 2))
     labels = jnp.asarray(RNG.integers(0, C, 8), jnp.int32)
-    values = jax.jit(lambda s, t: {name: jnp.mean(f(s, t, labels)) for name, f in losses.LOSSES.items()})
+
+    def total(s, t):
+        values = {name: jnp.mean(f(s, t, labels)) for name, f in losses.LOSSES.items()}
+        for name in losses.RELATIONAL:
+            values[f"{name} by 2"] = scope.by_group(losses.LOSSES[name], 2, s, t)
+        return sum(values.values()), values
+
+    compute = jax.jit(jax.value_and_grad(total, has_aux=True))
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("data"))
-    sharded = values(*jax.device_put((student, teacher), rows))
-    for name, value in values(student, teacher).items():
+    (_, sharded), sharded_gradient = compute(*jax.device_put((student, teacher), rows))
+    (_, expected), gradient = compute(student, teacher)
+    for name, value in expected.items():
         np.testing.assert_allclose(sharded[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(sharded_gradient, gradient, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", sorted(losses.RELATIONAL))
@@ -169,11 +178,11 @@ def test_relational_losses_see_the_same_batch_on_one_device_and_on_several(name,
         np.testing.assert_allclose(expected, np.mean(apart), rtol=2e-4)
 
 
-def _endpoints(seed):
+def _endpoints(seed, rows=B, classes=C):
     """Endpoints that serve every hint; equal seeds are equal networks."""
     rng = np.random.default_rng(seed)
-    shapes = {f"stage{k + 1}": (B, side, side, 4) for k, side in enumerate((4, 2))}
-    shapes |= {f"block{k:02d}": (B, 4, 4) for k in range(1, 4)} | {"pooled": (B, 4), "logits": (B, C)}
+    shapes = {f"stage{k + 1}": (rows, side, side, 4) for k, side in enumerate((4, 2))}
+    shapes |= {f"block{k:02d}": (rows, 4, 4) for k in range(1, 4)} | {"pooled": (rows, 4), "logits": (rows, classes)}
     return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
@@ -181,57 +190,118 @@ HINT_OPTIONS = {
     "cc": {"dim": 4},
     "crd": {"num_examples": EXAMPLES, "classes": np.arange(EXAMPLES) % 3, "dim": 4, "negatives": 3},
     "review": {"max_mid": 4, "warmup_epochs": 0},
-    "ofa": {"stages": (1, 2)},
+    "ofa": {"stages": (2,)},
     "gpt4image": {"teacher": "pooled"},
-    "srrl": {"kernel": _draw(4, C), "bias": np.zeros(C, np.float32)},
     "ft": {"init_epochs": 1},
     "uskd": {"student": "stage2"},
-    "discriminator": {"reduction": 2},
+    "discriminator": {"reduction": 1},
 }
+# One hyper-parameter of each hint method: its default and another value.
+HINT_VARIED = {
+    "ab": ("margin", (1.0, 2.0)),
+    "vid": ("eps", (1e-5, 1.0)),
+    "srrl": ("feature_weight", (1.0, 2.0)),
+    "mgd": ("alpha", (7e-5, 1e-3)),
+    "vitkd": ("alpha", (3e-5, 1e-3)),
+    "pkt": ("eps", (1e-7, 1e-2)),
+    "manifold": ("patch_weight", (4.0, 1.0)),
+    "cc": ("scale", (0.02, 0.2)),
+    "rkd": ("angle_weight", (50.0, 5.0)),
+    "crd": ("temperature", (0.07, 0.2)),
+    "ofa": ("eps", (1.0, 1.2)),
+    "gpt4image": ("tau", (0.2, 0.4)),
+    "ctkd": ("span", (20.0, 10.0)),
+    "uskd": ("alpha", (1.0, 2.0)),
+}
+# Those without a number to vary, or with one that makes shapes.
+HINT_FIXED = {"fitnet", "at", "at_paper", "nst", "fsp", "kdsvd", "ofd", "ft", "sp", "review", "discriminator"}
+# Those that see the logits.
+OF_LOGITS = {"srrl", "ofa", "ctkd", "uskd", "discriminator"}
+
+
+def _hint(name, classes=C, **more):
+    head = {"kernel": _draw(4, classes), "bias": np.zeros(classes, np.float32)} if name == "srrl" else {}
+    return losses.HINTS[name](**HINT_OPTIONS.get(name, {}), **head, **more)
+
+
+def _extra(rows, classes, key):
+    index = jnp.arange(rows, dtype=jnp.int32)
+    return {"labels": LABELS[:rows] % classes, "index": index, "key": key, "epoch": jnp.ones((), jnp.int32) * 2}
+
+
+def _hint_cases():
+    """{case: (student, teacher) endpoints}."""
+    student, teacher = _endpoints(1), _endpoints(2)
+    zeros = jax.tree.map(np.zeros_like, student)
+    huge = jax.tree.map(lambda x: HUGE * np.sign(x), student)
+    right = HUGE * np.eye(C, dtype=np.float32)[np.asarray(LABELS)]
+    return {
+        "any": (student, teacher),
+        "identical": (teacher, teacher),
+        "zeros": (zeros, zeros),
+        "zero student": (zeros, teacher),
+        "one-hot teacher": (student, teacher | {"logits": right}),
+        "sure and wrong": (student | {"logits": np.roll(right, 1, axis=1)}, teacher | {"logits": right}),
+        "huge": (huge, jax.tree.map(np.negative, huge)),
+    }
+
+
+@functools.cache
+def hint_results(name):
+    """Values and gradients of all cases of a hint, in bfloat16, and its values of a mapped hyper-parameter."""
+    hint = _hint(name)
+    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.bfloat16), *_hint_cases().values())
+
+    @jax.jit
+    def compute(key, stacked, tuned):
+        first = jax.tree.map(lambda x: x[0], stacked)
+        params, state = hint.init(key, *first)
+        extra = _extra(B, C, key)
+
+        def case(student, teacher):
+            value = lambda params, student: hint.apply(params, state, student, teacher, **extra)
+            return jax.value_and_grad(value, (0, 1), has_aux=True)(params, student)
+
+        found = {"cases": jax.vmap(case)(*stacked)}
+        if name in HINT_VARIED:
+            option, values = HINT_VARIED[name]
+            of = lambda value: _hint(name, **{option: value}).apply(params, state, *first, **extra)[0]
+            found |= {"mapped": jax.vmap(of)(tuned), "apart": of(values[1])}
+        return found
+
+    return compute(jax.random.key(0), stacked, jnp.asarray(HINT_VARIED[name][1] if name in HINT_VARIED else ()))
 
 
 @pytest.mark.parametrize("name", losses.HINTS)
 def test_hints_are_finite_at_degenerate_endpoints(name):
-    hint = losses.HINTS[name](**HINT_OPTIONS.get(name, {}))
-    student, teacher = _endpoints(1), _endpoints(2)
-    zeros = jax.tree.map(np.zeros_like, student)
-    huge = jax.tree.map(lambda x: HUGE * np.sign(x), student)
-    cases = {"any": (student, teacher), "identical": (teacher, teacher), "zeros": (zeros, zeros)}
-    cases |= {"zero student": (zeros, teacher), "huge": (huge, jax.tree.map(np.negative, huge))}
-    stacked = jax.tree.map(lambda *x: jnp.asarray(np.stack(x), jnp.bfloat16), *cases.values())
-
-    @jax.jit
-    def compute(key, stacked):
-        params, state = hint.init(key, *jax.tree.map(lambda x: x[0], stacked))
-
-        def loss(params, student, teacher):
-            index = jnp.arange(len(student["pooled"]), dtype=jnp.int32)
-            extra = {"labels": LABELS[: len(index)], "index": index, "key": key, "epoch": jnp.ones((), jnp.int32) * 2}
-            value, new = hint.apply(params, state, student, teacher, **extra)
-            return value, new
-
-        def case(student, teacher):
-            return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, student, teacher)
-
-        return jax.vmap(case)(*stacked)
-
-    found = compute(jax.random.key(0), stacked)
-    for index, case in enumerate(cases):
+    found = hint_results(name)["cases"]
+    for index, case in enumerate(_hint_cases()):
         assert _finite(jax.tree.map(lambda x, k=index: x[k], found)), case
     assert found[0][0].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", losses.HINTS)
-def test_hints_take_a_batch_of_one_or_refuse_it(name):
-    hint = losses.HINTS[name](**HINT_OPTIONS.get(name, {}))
-    one = jax.tree.map(lambda x: jnp.asarray(x[:1]), (_endpoints(1), _endpoints(2)))
-    extra = {"labels": LABELS[:1], "index": jnp.zeros(1, jnp.int32), "key": jax.random.key(1), "epoch": 2}
+def test_hyper_parameters_of_hints_may_be_mapped_over(name):
+    assert (name in HINT_VARIED) != (name in HINT_FIXED), f"say which number of {name} varies"
+    if name in HINT_VARIED:
+        found = hint_results(name)
+        expected = jnp.stack([found["cases"][0][0][0], found["apart"]])
+        np.testing.assert_allclose(found["mapped"], expected, rtol=1e-4)
+        assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("name", losses.HINTS)
+def test_hints_take_one_example_of_two_classes_or_refuse_it(name):
+    hint = _hint(name, classes=2)
+    student, teacher = jax.tree.map(jnp.asarray, (_endpoints(1, 1, 2), _endpoints(2, 1, 2)))
 
     @jax.jit
     def compute(key):
-        return hint.apply(*hint.init(key, *one), *one, **extra)
+        params, state = hint.init(key, student, teacher)
+        value = lambda params, student: hint.apply(params, state, student, teacher, **_extra(1, 2, key))
+        return jax.value_and_grad(value, (0, 1), has_aux=True)(params, student)
 
     try:
         assert _finite(compute(jax.random.key(0)))
     except ValueError as error:
-        assert "two or more" in str(error)
+        assert "two or more" in str(error) and name not in OF_LOGITS

@@ -157,6 +157,24 @@ def test_groups_compute_what_gpus_of_that_size_would(name):
     assert abs(float(loss) - float(on_one_device(name)[0][0])) > 1e-4 * float(loss)
 
 
+def test_a_sharded_batch_gives_the_same_losses():
+    @functools.partial(jax.jit, static_argnums=0)
+    def values(cases, states, student, teacher, index):
+        extra = {"labels": index % 5, "index": index, "key": jax.random.key(3), "epoch": 2}
+        hints = {case: build(case[0], **({"group": case[1]} if case[1] else {})) for case in cases}
+        return {f"{c}": hint.apply(*states[c[0]], student, teacher, **extra)[0] for c, hint in hints.items()}
+
+    whole, grouped = (tuple((name, group) for name in names) for names, group in ((OPTIONS, None), (GROUPED, 2)))
+    states = {name: state_of(name) for name in OPTIONS}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.device_put((STUDENT, TEACHER, INDEX), jax.NamedSharding(mesh, jax.P("data")))
+    sharded = values(whole + grouped, states, *rows)
+    expected = {str((name, None)): on_one_device(name)[0][0] for name in OPTIONS}
+    expected |= values(grouped, states, STUDENT, TEACHER, INDEX)
+    for case, value in expected.items():
+        np.testing.assert_allclose(sharded[case], value, rtol=2e-4, err_msg=case)
+
+
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="does not divide into groups of 3"):
         scope.by_group(relations.rkd, 3, STUDENT["pooled"], TEACHER["pooled"])
