@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from launch import report
 from research.core import config as configs
 from research.core import sweeps
 from research.core.errors import RESTART, UserError, cli
@@ -154,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--workdir", required=True, help="the folder of the sweep")
     found.add_argument("--list", metavar="FILE", help="JSON list of points, each an object of overrides key: value")
     found.add_argument("--parallel", type=int, default=1, metavar="N", help="runs at a time (1)")
+    found.add_argument("--report", action="store_true", help="when all runs are finished, report them (launch.report)")
     found.add_argument("--dry-run", action="store_true", help="print the runs and stop")
     found.add_argument("--traceback", action="store_true", help="show where an error arose")
     found.epilog = "also: --sweep.KEY=VALUE,VALUE... an axis of the grid; --config.KEY=VALUE an override of all runs"
@@ -185,6 +187,8 @@ def main(argv: list[str] | None = None, trainer: Sequence[str] = TRAINER) -> int
     if RESTART in status.values():
         print(f"sweep: stopped; resume with {shlex.join(['python', '-m', 'launch.sweep', *argv])}", file=sys.stderr)
         return RESTART
+    if options.report:
+        return report.main([os.fspath(workdir)])
     print(f"all runs are finished; python -m launch.report {os.fspath(workdir)} makes the report")
     return 0
 

@@ -5,7 +5,7 @@ has the weights and temperatures that its authors published for CIFAR (`ARMS`); 
 
 Command:    python -m launch.sweep --config configs/distill/cifar_compare.py:pair=resnet20-resnet8 \\
               --sweep.seed=0,1,2 --workdir runs/compare --config.data.path=cifar10.zip \\
-              --config.teacher.workdir=runs/compare-teacher
+              --config.teacher.workdir=runs/compare-teacher --report
             (":pair=" one of PAIRS, ":arms=kd+dkd" some of ARMS; ":teacher" trains the teacher; ":smoke")
 Hardware:   small pairs (16x16 pixels): 2 CPU cores, times in research/distill/README.md; CIFAR-100 pairs: 1 GPU, about
             3 hours for a dozen arms together (estimated at 15 % MFU; not run here)

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from launch import bench_distill, report, train
+from launch import bench_distill, report, sweep, train
 from research.core import config as configs
 from research.core import sweeps
 from research.core.report import costs, measured, text
@@ -81,6 +81,14 @@ def test_both_forms_show_the_same(together, apart):
 
 def _arm(summary, label):
     return next(arm for arm in summary.arms if arm.label == label)
+
+
+def test_a_sweep_reports_what_it_ran(apart, capsys):
+    axes = ["--sweep.students.small.loss=,kd", "--sweep.seed=0"]
+    assert sweep.main(["--config", f"{CONFIG}:one", "--workdir", str(apart), *axes, "--report"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 runs, 2 finished" in shown and "agreement" in shown and "ece" in shown
+    assert (apart / "report.html").is_file()
 
 
 def test_steps_are_measured_once_and_shown_by_terminal_and_page(together, timed, capsys):
