@@ -76,5 +76,6 @@ def test_the_report_is_that_of_one_process(folders, tmp_path, capsys):
     tables = []
     for count in "12":
         assert report.main([str(folders / count), "--output", str(tmp_path / "report.html")]) == 0
-        tables.append(capsys.readouterr().out.splitlines()[1:])  # after the folder's name
+        lines = capsys.readouterr().out.splitlines()[1:]  # after the folder's name
+        tables.append([line for line in lines if not line.rstrip().endswith(" s")])  # all but what it took
     assert tables[0] == tables[1] and any("small" in line for line in tables[0])

@@ -38,7 +38,7 @@ for runner in (p.runner, loaded):
     rows.append(jax.tree.leaves(row))
 assert type(loaded.train_step).__name__ == "Compiled", type(loaded.train_step)
 assert int(state.step) == 2
-np.testing.assert_array_equal(rows[0], rows[1])
+jax.tree.map(np.testing.assert_array_equal, rows[0], rows[1])
 print("equal", len(rows[0]))
 """
 

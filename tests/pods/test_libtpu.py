@@ -17,7 +17,10 @@ pytestmark = [
 ]
 ROOT = pathlib.Path(__file__).parents[2]
 # One config of each family, small enough for a test; a new folder of configs needs its line here.
-FAMILIES = {"distill": "configs/distill/vanilla_kd_r50_a2.py:smoke"}
+FAMILIES = {
+    "backbones": "configs/backbones/vanillanet.py:smoke",
+    "distill": "configs/distill/vanilla_kd_r50_a2.py:smoke",
+}
 TINY = ["--config", "tests/launch/tiny.py", "--config.eval.batch_size=16", "--train-only", "--json"]
 # 13.5 GiB of parameters and moments, before gradients; a v5e chip has 16.
 LARGE = "--config.students.small.options.embed_dim=12288"
