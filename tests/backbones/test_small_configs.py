@@ -1,4 +1,4 @@
-"""The recipes of BiMLP: they train, the second step fits on the first, and the small study's arms compare."""
+"""The recipes of BiMLP and of the small studies: they train, BiMLP's second step fits on the first, arms compare."""
 
 import pathlib
 
@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs.backbones import bimlp, bimlp_small
+from configs.backbones import bimlp, small
 from launch import train
 from research import backbones
 from research.core import config as configs
 from research.core import writers
 
 ROOT = pathlib.Path(__file__).parents[2] / "configs" / "backbones"
-EVERY = "arms=" + "+".join(bimlp_small.QUANTISERS)
+
+# One arm each of those that are alike to the compiler.
+STUDIES = ("family=vanillanet", "family=parameternet,arms=experts2", "family=bimlp,arms=sign")
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +25,7 @@ def one_device(monkeypatch):
     monkeypatch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
 
 
-@pytest.mark.parametrize("config", ["bimlp.py:smoke", "bimlp_small.py:arms=sign,smoke"])
+@pytest.mark.parametrize("config", ["bimlp.py:smoke", *(f"small.py:{study},smoke" for study in STUDIES)])
 def test_a_config_trains_two_steps(config, tmp_path):
     train.run(configs.load(f"{ROOT}/{config}"), tmp_path)
     rows = writers.read_rows(tmp_path)
@@ -40,15 +42,13 @@ def test_the_second_step_can_start_from_the_first():
     assert shapes(1) == shapes(2)
 
 
-def test_the_arms_of_the_small_study_differ_in_their_quantisers_alone():
-    arms = [arm.to_dict() for arm in bimlp_small.get_config(EVERY).students.values()]
-    assert {(arm["options"].pop("activation"), arm["options"].pop("weights")) for arm in arms} == {
-        ("real", "real"),
-        ("ternary", "real"),
-        ("ternary", "xnor"),
-        ("sign", "xnor"),
-    }
-    assert all(arm == arms[0] for arm in arms)
+@pytest.mark.parametrize("family", small.FAMILIES)
+def test_the_arms_of_a_small_study_differ_in_what_it_compares_alone(family):
+    study = small.FAMILIES[family]
+    students = small.get_config(f"family={family},arms={'+'.join(study.arms)}").students.to_dict()
+    for name, changes in study.arms.items():
+        assert {key: students[name]["options"].pop(key) for key in changes} == changes
+    assert all(student == students[min(study.arms)] for student in students.values())
 
 
 def test_the_steps_differ_in_weights_and_their_decay():
@@ -60,10 +60,12 @@ def test_the_steps_differ_in_weights_and_their_decay():
     with pytest.raises(ValueError, match="step: 3 is neither 1"):
         bimlp.get_config("step=3")
     with pytest.raises(ValueError, match="arms: no arm 'signs'"):
-        bimlp_small.get_config("arms=real+signs")
+        small.get_config("family=bimlp,arms=real+signs")
+    with pytest.raises(ValueError, match="family: no family 'bimpl'; there are vanillanet, parameternet, bimlp"):
+        small.get_config("family=bimpl")
 
 
-@pytest.mark.parametrize("name", ["bimlp", "bimlp_small"])
+@pytest.mark.parametrize("name", ["bimlp", "small"])
 def test_a_config_says_how_to_run_it(name):
     text = (ROOT / f"{name}.py").read_text().split('"""')[1]
     for word in ("Command:", "Hardware:", "Published:", f"configs/backbones/{name}.py"):
