@@ -28,9 +28,9 @@ from rich.table import Table
 from configs import common
 from launch import bench_train, train
 from research.core import config as configs
-from research.core import errors, runs
+from research.core import errors
 from research.core.report import measured
-from research.distill import losses, step_cost
+from research.distill import losses, step_cost, teachers
 
 LOSSES = ("kd", "dkd", "nkd", "lskd", "dist", "multilevel", "ofa")
 HINTS = ("fitnet", "review", "rkd", "crd")
@@ -109,23 +109,23 @@ def measure(config: ConfigDict, rounds: int, steps: int, whole: bool = True) -> 
       steps: steps a round of every program.
       whole: time whole steps too; otherwise the losses by themselves alone.
     """
-    batch, networks = step_cost.batch_of(config), step_cost.networks(config)
+    batch, networks = step_cost.batch_of(config), teachers.networks(config)
     timed: dict[tuple[str, str], Callable[[], float]] = {}
     taught = step_cost.text_of(config, batch)
-    if config.teacher.model:
-        teacher = step_cost.teacher_program(config, networks.pop(runs.TEACHER), batch)
+    if networks:
+        teacher = step_cost.teacher_program(networks, batch)
         taught |= teacher.run(*teacher.arguments)
         timed["", FORWARD] = lambda: _seconds(lambda: teacher.run(*teacher.arguments), steps)
     ways, plain, notes = {}, {}, []
-    for name, network in networks.items():
+    for name in config.students:
         try:
-            found = step_cost.way(config, name, network, batch, taught, whole=whole)
+            found = step_cost.way(config, name, batch, taught, whole=whole)
         except ValueError as error:
             notes.append(f"{name}: not measured ({error})")
             continue
         if whole:
             if found.student not in plain:
-                bare = found if found.alone is None else step_cost.way(_bare(config, name), name, network, batch, {})
+                bare = found if found.alone is None else step_cost.way(_bare(config, name), name, batch, {})
                 held = [bare.step.arguments[0]]
                 plain[found.student] = held, bare.step.bytes, _stepper(bare.step, held, steps)
             held, _, timed[name, WITHOUT] = plain[found.student]

@@ -4,7 +4,6 @@ All take the teacher's outputs as arguments, so that its forward pass, which eve
 """
 
 import functools
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,9 +15,9 @@ import optax
 
 from research.backbones import classify
 from research.core import config as configs
-from research.core import cost, runs, scope
+from research.core import cost
 from research.data import mixup
-from research.distill import arms, losses, text_targets
+from research.distill import arms, teachers, text_targets
 from research.distill.hints import Hint
 
 
@@ -57,15 +56,6 @@ def compiled(function: Callable, *arguments, donate: tuple[int, ...] = ()) -> Pr
     return Program(found, arguments, cost.cost_of(found))
 
 
-def networks(config) -> dict[str, classify.Network]:
-    """The networks of a resolved config by arm, and `teacher` where there is one."""
-    sections = dict(config.students) | ({runs.TEACHER: config.teacher} if config.teacher.model else {})
-    return {
-        name: classify.network(s.model, config.data.num_classes, config.augment.size, dtype=s.dtype, **s.options)
-        for name, s in sections.items()
-    }
-
-
 def batch_of(config) -> dict[str, jax.Array]:
     """A made-up batch of the config's size, as the pipeline gives it."""
     rng, rows = np.random.default_rng(0), config.batch_size
@@ -75,16 +65,15 @@ def batch_of(config) -> dict[str, jax.Array]:
     return {"image": jnp.asarray(images), "label": jnp.asarray(labels), "index": jnp.asarray(index)}
 
 
-def teacher_program(config, network: classify.Network, batch: Mapping[str, jax.Array]) -> Program:
-    """images -> logits and all endpoints, as the training step asks the teacher."""
-    params, state = jax.jit(network.init)(jax.random.key(0))
-    params = jax.tree.map(lambda x: x.astype(network.module.dtype), params)
+def teacher_program(networks: teachers.Networks, batch: Mapping[str, jax.Array]) -> Program:
+    """images -> what the training step asks of the teachers: endpoints, `logits`, and of several teachers `all`."""
+    variables = jax.jit(functools.partial(teachers.frozen, networks))(jax.random.key(0))
 
-    def forward(params, state, images):
-        logits, endpoints, _ = network.apply(params, state, classify.unit(images))
-        return {**endpoints, "logits": logits}
+    def forward(variables, images):
+        known, taught = teachers.apply(networks, variables, classify.unit(images))
+        return {**taught, **({"all": known} if len(known) > 1 else {})}
 
-    return compiled(forward, params, state, batch["image"])
+    return compiled(forward, variables, batch["image"])
 
 
 def text_of(config, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
@@ -95,55 +84,30 @@ def text_of(config, batch: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
     return {"text": jnp.full((len(batch["image"]), width), width**-0.5)}
 
 
-def objective(config, student: Mapping, taught: Mapping[str, jax.Array]) -> Hint | None:
-    """Loss and hint of an arm, weighted and summed, as one Hint; None for an arm that learns from labels alone."""
-    parts = []
-    if student.loss:
-        parts.append((student.loss_weight, _of_logits(student)))
-    if student.hint:
-        parts.append((student.hint_weight, _hint(config, student, taught)))
-    if not parts:
+def objective(arm: arms.Arm) -> Hint | None:
+    """Loss and hint of an arm, weighted and summed, as one Hint; None for an arm that learns from labels alone.
+
+    What training takes from the teacher's parameters (`arm.inherit`) stays zero.
+    Raises:
+      ValueError: a loss of two views.
+    """
+    if arm.views:
+        raise ValueError("its loss sees two views of every image")
+    if not (arm.loss or arm.hint):
         return None
 
-    def init(key, seen, taught):
-        found = [hint.init(key, seen, taught) for _, hint in parts]
-        return [params for params, _ in found], [state for _, state in found]
+    def apply(params, state, seen, taught, *, labels, epoch, **extra):
+        values, total = arm.values(epoch), jnp.zeros(())
+        if arm.loss:
+            known = taught["all"] if "all" in taught else taught["logits"][None]
+            known = known if arm.several else teachers.combined(known)
+            total += values["loss_weight"] * arm.loss(seen["logits"], known, labels, **values[arms.OPTIONS])
+        if arm.hint:
+            value, state = arm.hint.apply(params, state, seen, taught, labels=labels, epoch=epoch, **extra)
+            total += values["hint_weight"] * value
+        return total, state
 
-    def apply(params, state, seen, taught, **extra):
-        total, new = jnp.zeros(()), []
-        for (weight, hint), own, old in zip(parts, params, state, strict=True):
-            value, after = hint.apply(own, old, seen, taught, **extra)
-            total, new = total + weight * value, [*new, after]
-        return total, new
-
-    return Hint(init, apply)
-
-
-def _of_logits(student: Mapping) -> Hint:
-    function = functools.partial(losses.pick(losses.LOSSES, student.loss), **student.loss_options)
-
-    def apply(params, state, seen, taught, *, labels, **_):
-        arrays = seen["logits"], taught["logits"], labels
-        if student.loss in losses.RELATIONAL:
-            return scope.by_group(function, student.group or None, *arrays), state
-        return jnp.mean(function(*arrays)), state
-
-    return Hint(lambda key, seen, taught: ({}, {}), apply)
-
-
-def _hint(config, student: Mapping, taught: Mapping[str, jax.Array]) -> Hint:
-    """The hint of an arm; what training takes from data and teacher, CRD's classes and SRRL's head, is made up."""
-    builder = losses.pick(losses.HINTS, student.hint)
-    accepts, options = inspect.signature(builder).parameters, dict(student.hint_options)
-    if "num_examples" in accepts:
-        options |= {"num_examples": config.data.num_examples}
-        options.setdefault("classes", np.arange(config.data.num_examples) % config.data.num_classes)
-    if "kernel" in accepts:
-        shape = (taught["pooled"].shape[-1], config.data.num_classes)
-        options = {"kernel": np.zeros(shape, np.float32), "bias": np.zeros(shape[1], np.float32)} | options
-    if student.group and "group" in accepts:
-        options["group"] = student.group
-    return builder(**options)
+    return Hint(arm.hint.init if arm.hint else lambda key, seen, taught: ({}, {}), apply)
 
 
 def without(student: Mapping) -> str:
@@ -153,11 +117,10 @@ def without(student: Mapping) -> str:
     return json.dumps({key: plain[key] for key in kept}, sort_keys=True)
 
 
-def way(config, name: str, network: classify.Network, batch: Mapping[str, jax.Array], taught, *, whole=True) -> Way:
-    """The programs of arm `name` of a resolved config.
+def way(config, name: str, batch: Mapping[str, jax.Array], taught, *, whole=True) -> Way:
+    """The programs of arm `name` of a resolved config; the classes that CRD takes from the data are made up.
 
     Args:
-      network: of the arm.
       batch: from `batch_of`.
       taught: the teacher's outputs, arrays.
       whole: compile the step too.
@@ -167,22 +130,22 @@ def way(config, name: str, network: classify.Network, batch: Mapping[str, jax.Ar
     student = config.students[name]
     if (student.optimizer.get("name") or config.optimizer.name) == arms.DOT:
         raise ValueError("optimizer 'dot' takes two gradients a step")
-    key = jax.random.key(0)
+    examples, classes = config.data.num_examples, config.data.num_classes
+    arm = arms.arm(student, config, lambda: np.arange(examples) % classes, teachers.networks(config))
+    key, network = jax.random.key(0), arm.network
     params, state = jax.jit(network.init)(key)
     shapes = jax.eval_shape(functools.partial(_outputs, network), params, state, batch["image"])
-    term = _with_unused(objective(config, student, taught), shapes, taught)
-    label = losses.pick(losses.LABEL_LOSSES, student.label_loss)
+    term = _with_unused(objective(arm), shapes, taught)
     optimizer, _ = arms.optimizer(config, student)
     made = jax.jit(lambda key, taught: term.init(key, _zeros(shapes), taught)) if term else lambda *_: ({}, {})
     adaptor, adaptor_state = made(key, taught)
-    targets = mixup.mixed_target(
-        batch["label"], jnp.ones(()), num_classes=config.data.num_classes, smoothing=student.smoothing
-    )
+    targets = mixup.mixed_target(batch["label"], jnp.ones(()), num_classes=classes, smoothing=arm.smoothing)
     extra = {"labels": targets, "index": batch["index"], "key": key, "epoch": jnp.ones(())}
 
     def loss(params, states, images, taught, extra):
         logits, endpoints, state = network.apply(params[0], states[0], images, train=True, key=extra["key"])
-        value, after = student.label_weight * jnp.mean(label(logits, extra["labels"])), states[1]
+        weight = arm.values(extra["epoch"])["label_weight"]
+        value, after = weight * arm.label_loss(logits, extra["labels"]), states[1]
         if term:
             hinted, after = term.apply(params[1], states[1], {**endpoints, "logits": logits}, taught, **extra)
             value = value + hinted

@@ -8,7 +8,7 @@ import pytest
 from configs import common
 from launch import bench_distill
 from research.core import config as configs
-from research.distill import losses, step_cost
+from research.distill import losses, step_cost, teachers
 
 B, C = 4, 5
 SMALL = dict(img_size=8, patch_size=4, embed_dim=8, num_blocks=1)
@@ -25,10 +25,10 @@ def config(**arms):
 
 
 def ways(c, whole):
-    batch, networks = step_cost.batch_of(c), step_cost.networks(c)
-    teacher = step_cost.teacher_program(c, networks.pop("teacher"), batch)
+    batch = step_cost.batch_of(c)
+    teacher = step_cost.teacher_program(teachers.networks(c), batch)
     taught = teacher.run(*teacher.arguments)
-    return {name: step_cost.way(c, name, net, batch, taught, whole=whole) for name, net in networks.items()}, taught
+    return {name: step_cost.way(c, name, batch, taught, whole=whole) for name in c.students}, taught
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,20 @@ def test_a_step_can_be_repeated_and_changes_no_parameter(found):
 def test_what_training_takes_from_the_data_is_made_up(name):
     c = config(arm=dict(hint=name, hint_options={"dim": 3, "negatives": 4} if name == "crd" else {})).unlock()
     c.teacher.text = "random" if name == "gpt4image" else ""
-    batch, networks = step_cost.batch_of(c), step_cost.networks(c)
+    batch = step_cost.batch_of(c)
     taught = {"pooled": jnp.ones((B, 12)), "logits": jnp.ones((B, C))} | step_cost.text_of(c, batch)
-    way = step_cost.way(c, "arm", networks["arm"], batch, taught, whole=False)
+    way = step_cost.way(c, "arm", batch, taught, whole=False)
     assert way.step is None and np.isfinite(way.alone.run(*way.alone.arguments)[0][0])
+
+
+def test_losses_of_two_views_are_refused_and_those_of_several_teachers_see_them_all():
+    c = config(arm=dict(loss="mlld")).unlock()
+    batch, taught = step_cost.batch_of(c), {"pooled": jnp.ones((B, 12)), "logits": jnp.ones((B, C))}
+    with pytest.raises(ValueError, match="two views"):
+        step_cost.way(c, "arm", batch, taught, whole=False)
+    both = jax.random.normal(jax.random.key(1), (2, B, C))
+    c.students.arm.loss = "kd"
+    alone = step_cost.way(c, "arm", batch, taught | {"all": both}, whole=False).alone
+    logits = alone.arguments[1]["logits"]
+    expected = jnp.mean(losses.LOSSES["kd"](logits, teachers.combined(both)))
+    np.testing.assert_allclose(alone.run(*alone.arguments)[0][0], expected, rtol=1e-5)
