@@ -13,8 +13,9 @@ from research.backbones import HALF, Input
 from research.layers import drop
 from research.layers.drop import Dropout
 from research.layers.mlp import gelu, quick_gelu
-from research.layers.norm import LayerNorm
+from research.layers.norm import LayerNorm, accumulation_dtype
 from research.layers.patch_embed import PatchEmbed
+from research.layers.reduction import Reduction, Tokens
 from research.layers.remat import rematerialised
 from research.layers.transformer import Block
 
@@ -42,11 +43,15 @@ class ViT(nn.Module):
         normalised afterwards).
       drop_path: largest rate of stochastic depth; drop_rate: dropout before the classifier.
       remat: see `research.layers.remat`.
+      reduce: makes the tokens fewer on their way, a value of `research.tokens.<method>.reduction(...)`. Parameters and
+        their names are those of the network without it, unless the method has some of its own.
 
     Endpoints: `patch_embed` (without positions), `block01`.., `tokens` (all tokens, normalised where the pooling is
     `token`), `pooled`; with `distilled` also the logits `head` and `head_dist`. A distilled network's logits are the
     mean of its heads in evaluation, and those of `head` while training, where `head_dist` learns from the teacher. With
-    `num_classes` 0 the logits are the pooled features.
+    `num_classes` 0 the logits are the pooled features. With `reduce` also `origin` (which token holds each of the first
+    ones), `size` where the method keeps it, and what the method records of each block; the pooling `avg` then weighs
+    tokens by their sizes.
     """
 
     img_size: int | tuple[int, int] = 224
@@ -70,6 +75,7 @@ class ViT(nn.Module):
     drop_rate: float = 0.0
     drop_path: float = 0.0
     remat: bool | str = False
+    reduce: Reduction | None = None
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -86,26 +92,12 @@ class ViT(nn.Module):
         x = self._with_positions(x)
         x = LayerNorm(self.norm_eps, self.dtype, name="norm_pre")(x) if self.pre_norm else x
 
-        block = rematerialised(Block, self.remat)
-        for index, rate in enumerate(drop.rates(self.drop_path, self.depth)):
-            x = endpoints[f"block{index + 1:02d}"] = block(
-                num_heads=self.num_heads,
-                mlp_ratio=self.mlp_ratio,
-                qkv_bias=self.qkv_bias,
-                fused=self.fused_qkv,
-                act=ACTIVATIONS[self.act_layer],
-                epsilon=self.norm_eps,
-                init_values=self.init_values,
-                drop_path=rate,
-                dtype=self.dtype,
-                name=f"blocks_{index}",
-            )(x, train)
-
+        x, tokens = self._through_blocks(x, train, endpoints)
         averaged = self.global_pool == "avg"
         norm = LayerNorm(self.norm_eps, self.dtype, name="fc_norm" if averaged else "norm")
         x = endpoints["tokens"] = x if averaged else norm(x)
         # What each classifier sees: the mean of the patches, or the class token and, distilled, the one after it.
-        seen = [norm(jnp.mean(x[:, self.prefix :], axis=1))] if averaged else [x[:, i] for i in range(self.prefix)]
+        seen = [norm(self._mean(x, tokens))] if averaged else [x[:, i] for i in range(self.prefix)]
         endpoints["pooled"] = sum(seen) / len(seen)
         if self.num_classes == 0:
             return endpoints["pooled"], endpoints
@@ -117,6 +109,46 @@ class ViT(nn.Module):
             endpoints |= heads
         logits = heads["head"] if train else sum(heads.values()) / len(heads)
         return logits, endpoints
+
+    def _through_blocks(self, x: jax.Array, train: bool, endpoints: dict) -> tuple[jax.Array, Tokens | None]:
+        """The tokens (B, N, C) after the last block, and with `reduce` their state; adds to the endpoints."""
+        reduce, state, block = None, x, rematerialised(Block, self.remat)
+        if self.reduce is not None:
+            reduce = self.reduce.bind(self.depth, x.shape[1] - self.prefix, self.class_token, self.distilled)
+            state = reduce.start(x)
+        for index, rate in enumerate(drop.rates(self.drop_path, self.depth)):
+            state = state if reduce is None else reduce.before(state, index, train)
+            state = block(
+                num_heads=self.num_heads,
+                mlp_ratio=self.mlp_ratio,
+                qkv_bias=self.qkv_bias,
+                fused=self.fused_qkv,
+                act=ACTIVATIONS[self.act_layer],
+                epsilon=self.norm_eps,
+                init_values=self.init_values,
+                drop_path=rate,
+                reduce=reduce,
+                index=index,
+                dtype=self.dtype,
+                name=f"blocks_{index}",
+            )(state, train)
+            state = state if reduce is None else reduce.after(state, index, train)
+            endpoints[f"block{index + 1:02d}"] = state if reduce is None else state.x
+        if reduce is None:
+            return state, None
+        endpoints |= {"origin": state.origin, **state.record}
+        if state.size is not None:
+            endpoints["size"] = state.size
+        return state.x, state
+
+    def _mean(self, x: jax.Array, tokens: Tokens | None) -> jax.Array:
+        """(B, C), the mean over the patches of tokens (B, N, C), merged ones counted as often as they have parts."""
+        patches = x[:, self.prefix :]
+        if tokens is None or tokens.size is None:
+            return jnp.mean(patches, axis=1)
+        size = tokens.size[:, self.prefix :, None]
+        wide = patches.astype(accumulation_dtype(patches))
+        return (jnp.sum(wide * size, axis=1) / jnp.sum(size, axis=1)).astype(x.dtype)
 
     def _with_positions(self, x: jax.Array) -> jax.Array:
         """Puts the learned tokens before the patches (B, N, C) and adds the learned positions."""

@@ -38,6 +38,23 @@ def attend(
     return (values.astype(total.dtype) / total).astype(v.dtype)
 
 
+def class_row(q: jax.Array, k: jax.Array, bias: jax.Array | None = None, scale: jax.Array | None = None) -> jax.Array:
+    """The first query's row of the softmax that `attend` takes, computed again alone.
+
+    Token reduction ranks tokens by it; that one row is cheaper than to keep all (..., heads, M, N). Arguments are those
+    of `attend`, the result is (..., heads, N) in float32 or better.
+    """
+    q = q[..., :1, :]
+    bias = bias if bias is None or bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., :1, :]
+    scores = (q if scale is not None else q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
+    scores = scores.astype(accumulation_dtype(scores))
+    if scale is not None:
+        scores = scores * _broadcast(scale, scores)
+    if bias is not None:
+        scores = scores + _broadcast(bias, scores)
+    return jax.nn.softmax(scores, axis=-1)[..., 0, :]
+
+
 def _broadcast(values: jax.Array, scores: jax.Array) -> jax.Array:
     return values.astype(scores.dtype).reshape(*[1] * (scores.ndim - values.ndim), *values.shape)
 
@@ -68,8 +85,10 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None, core: Callable | None = None):
         """`bias` is added to the scores of `attend`.
+
+        `core(q, k, v, bias, scale) -> (values, seen)` takes the place of `attend`; the result is then (y, seen).
 
         Raises:
           ValueError: the channels do not divide into heads.
@@ -82,8 +101,10 @@ class Attention(nn.Module):
         if self.cosine:
             scale = self.param("logit_scale", nn.initializers.constant(math.log(10.0)), (self.num_heads, 1, 1))
             q, k, scale = _normalised(q), _normalised(k), jnp.exp(jnp.minimum(scale, math.log(100.0)))
-        y = attend(q, k, v, bias, scale).swapaxes(-2, -3).reshape(x.shape)
-        return Dense(channels, dtype=self.dtype, kernel_init=self.out_init or self.kernel_init, name="proj")(y)
+        y, seen = (attend(q, k, v, bias, scale), None) if core is None else core(q, k, v, bias, scale)
+        y = y.swapaxes(-2, -3).reshape(x.shape)
+        y = Dense(channels, dtype=self.dtype, kernel_init=self.out_init or self.kernel_init, name="proj")(y)
+        return y if core is None else (y, seen)
 
     def _fused(self, x: jax.Array) -> jax.Array:
         channels, dense_bias = x.shape[-1], self.qkv_bias and self.key_bias

@@ -1,5 +1,6 @@
 """The pre-norm transformer block that ViT, BEiT and CLIP share."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,7 @@ from research.layers.drop import DropPath
 from research.layers.mlp import Mlp, gelu
 from research.layers.norm import LayerNorm
 from research.layers.position import RelativePositionBias
+from research.layers.reduction import Reduction, Tokens
 
 
 def layer_scale(module: nn.Module, name: str, y: jax.Array, initial: float | None) -> jax.Array:
@@ -32,6 +34,7 @@ class Block(nn.Module):
       drop_path: rate of stochastic depth.
       epsilon: of both norms.
       out_init: initialiser of the layers that write to the residual stream.
+      reduce: makes the tokens fewer between attention and MLP; `index` is the number of this block, from 0.
     """
 
     num_heads: int
@@ -45,11 +48,17 @@ class Block(nn.Module):
     drop_path: float = 0.0
     epsilon: float = 1e-6
     out_init: Callable | None = None
+    reduce: Reduction | None = None
+    index: int = 0
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool, mask: jax.Array | None = None) -> jax.Array:
-        """`mask` is added to the scores, with trailing axes (..., heads, N, N)."""
+    def __call__(self, x: jax.Array | Tokens, train: bool, mask: jax.Array | None = None) -> jax.Array | Tokens:
+        """`mask` is added to the scores, with trailing axes (..., heads, N, N). With `reduce`, `Tokens` go in and out."""
+        tokens, core = None, None
+        if self.reduce is not None:
+            tokens, x = x, x.x
+            core = functools.partial(self.reduce.attend, tokens, self.index, train)
         shared = {"out_init": self.out_init, "dtype": self.dtype}
         attn = Attention(self.num_heads, self.qkv_bias, self.key_bias, self.fused, name="attn", **shared)
         mlp = Mlp(int(self.mlp_ratio * x.shape[-1]), self.act, name="mlp", **shared)
@@ -58,7 +67,12 @@ class Block(nn.Module):
             position = RelativePositionBias(self.window, self.num_heads, class_token=True, name="position")()
             bias = position if mask is None else position + mask
 
-        y = attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x), bias)
+        y = attn(LayerNorm(self.epsilon, self.dtype, name="norm1")(x), bias, core)
+        y, seen = (y, None) if core is None else y
         x = x + DropPath(self.drop_path)(layer_scale(self, "gamma_1", y, self.init_values), train)
+        if self.reduce is not None:
+            tokens = self.reduce.reduce(tokens._replace(x=x), self.index, train, seen)
+            x = tokens.x
         y = mlp(LayerNorm(self.epsilon, self.dtype, name="norm2")(x))
-        return x + DropPath(self.drop_path)(layer_scale(self, "gamma_2", y, self.init_values), train)
+        x = x + DropPath(self.drop_path)(layer_scale(self, "gamma_2", y, self.init_values), train)
+        return x if self.reduce is None else tokens._replace(x=x)
