@@ -93,3 +93,11 @@ def test_pretrained_weights_replace_part_of_the_state():
     wrong = experiment._replace(weights=lambda: {"params": {"Dense_0": {"bias": bias[:2]}}})
     with pytest.raises(ValueError, match=r"pretrained params/Dense_0/bias has shape \(2,\), the model wants \(4,\)"):
         runner.build(wrong).init(jax.random.PRNGKey(0))
+
+
+def test_the_cheaper_code_of_the_start_makes_the_same_bits(monkeypatch):
+    made, key, one = toy.build(), jax.random.PRNGKey(3), dict(axes={"data": 1}, devices=jax.devices()[:1])
+    monkeypatch.delenv("XLA_FLAGS")  # with a level in it, the user's, none is chosen
+    cheap = runner.build(made, **one).init(key)
+    full = jax.jit(made.init, compiler_options={"xla_backend_optimization_level": 3})(key)
+    assert jax.tree.all(jax.tree.map(np.array_equal, jax.device_get(cheap), jax.device_get(full)))
