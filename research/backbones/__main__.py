@@ -1,7 +1,8 @@
 """All backbones with what they cost: `python -m research.backbones [PATTERN...]`; one by layer: `... summary NAME`.
 
 PATTERN selects names as a shell does (`'vit_*'`). Parameters and multiply-adds are counted, not measured: nothing is
-computed.
+computed. Sources are arXiv numbers. The last column says what has been checked against the official code: `outputs` of
+networks of the family on golden arrays, or only `counts` of parameters.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from research import backbones
-from research.backbones import summary
+from research.backbones import sources, summary
 from research.core.cost import macs, params_count
 
 
@@ -44,14 +45,17 @@ def main(argv: list[str] | None = None) -> int:
     if not chosen:
         print(f"no backbone is named {' or '.join(patterns)}", file=sys.stderr)
         return 1
-    table = Table("model", "family", "size", "params (M)", "GMACs", box=box.SIMPLE)
-    for column in table.columns[2:]:
+    table = Table("model", "family", "size", "params (M)", "GMACs", "source", "checked", box=box.SIMPLE)
+    for column in table.columns[2:5]:
         column.justify = "right"
     console = Console()
+    if not console.is_terminal:  # files and pipes keep whole names
+        console = Console(width=120)
     for name in track(chosen, "counting", console=console, transient=True, disable=not console.is_terminal):
         size, params, products = cost(name)
         family = backbones.family(name).__name__.rsplit(".", 1)[-1]
-        table.add_row(name, family, str(size), f"{params / 1e6:.2f}", f"{products / 1e9:.3f}")
+        counts = str(size), f"{params / 1e6:.2f}", f"{products / 1e9:.3f}"
+        table.add_row(name, family, *counts, sources.paper(name), sources.state(family))
     console.print(table)
     return 0
 
