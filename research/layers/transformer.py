@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | Tokens, train: bool, mask: jax.Array | None = None) -> jax.Array | Tokens:
-        """`mask` is added to the scores, with trailing axes (..., heads, N, N). With `reduce`, `Tokens` go in and out."""
+        """`mask` is added to the scores, with trailing axes (..., heads, N, N). With `reduce`, it maps `Tokens`."""
         tokens, core = None, None
         if self.reduce is not None:
             tokens, x = x, x.x

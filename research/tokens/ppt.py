@@ -1,0 +1,187 @@
+"""PPT: at a few blocks r tokens go, pruned or pooled, whichever suits the image.
+
+Source: Wu et al. 2023, "PPT: Token Pruning and Pooling for Efficient Vision Transformers" (arXiv 2310.01812); official
+code huawei-noah/Efficient-Computing, `Pruning/PPT`, which this follows.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.layers.attention import attend
+from research.layers.reduction import Reduction, Tokens
+from research.tokens import matching, tome
+from research.tokens.moves import Moves, choose, finite, follow, lost, merge, ranked, rows
+from research.tokens.scores import head_mean, proportional, significance
+
+POLICIES = ("adaptive", "prune", "pool", "reverse")
+FIRST = 2.0  # the score of the class token: above all others, whose sum is 1
+
+
+class Seen(NamedTuple):
+    """What a step is decided by: scores (B, N) with `FIRST` before those of patches, metric (B, N, D)."""
+
+    scores: jax.Array
+    metric: jax.Array
+
+
+class Step(NamedTuple):
+    """Tokens (B, M, C) and sizes (B, M) after a step, its moves, variances (B,), and which images were pruned (B,)."""
+
+    x: jax.Array
+    size: jax.Array
+    moves: Moves
+    variance: jax.Array
+    pruned: jax.Array
+
+
+def step(
+    x: jax.Array,
+    size: jax.Array,
+    seen: Seen,
+    r: int,
+    threshold: float,
+    policy: str = "adaptive",
+    class_tokens: int = 1,
+    distilled: bool = False,
+) -> Step:
+    """Removes r tokens of every image by the policy that its scores call for.
+
+    An image is pruned (the r lowest scores are lost, the rest is ordered by descending score) where the unbiased
+    variance of its scores is at least `threshold`, and pooled (`matching.bipartite`, means weighted by size) otherwise.
+    Both are one gather and one product with 0/1 rows, so the choice is data and not control flow.
+
+    Args:
+      x, size: tokens (B, N, C) and how many patches each stands for (B, N).
+      policy: `adaptive`; `reverse`, which prunes where that pools; `prune` or `pool`, always.
+      class_tokens: how many of the first scores are set and no part of the variance.
+      distilled: whether the second token takes no part in pooling.
+    """
+    scores, metric = seen
+    variance = jnp.var(scores[:, class_tokens:], axis=1, ddof=1)
+    pruned = {
+        "adaptive": variance >= threshold,
+        "reverse": variance < threshold,
+        "prune": jnp.full(variance.shape, True),
+        "pool": jnp.full(variance.shape, False),
+    }[policy]
+    if policy != "pool":
+        order = ranked(scores)
+        prune = lost(order[:, : x.shape[1] - r], order[:, x.shape[1] - r :])
+    if policy == "prune":
+        return Step(rows(x, prune.keep), rows(size, prune.keep), prune, variance, pruned)
+    pool = matching.bipartite(metric, r, class_token=True, distill_token=distilled)
+    moves = pool if policy == "pool" else choose(pruned, prune, pool)
+    return Step(*merge(x, moves, size), moves, variance, pruned)
+
+
+@dataclasses.dataclass(frozen=True)
+class PPT(Reduction):
+    """See `reduction`; bound to a network, `r`, `threshold` and `policy` have one entry for each of `blocks`."""
+
+    r: int | tuple[int, ...]
+    blocks: tuple[int, ...]
+    threshold: float | tuple[float, ...]
+    policy: str | tuple[str, ...] = "adaptive"
+    inflect: float = 0.0
+    prop_attn: bool = True
+    protect_distilled: bool = False
+
+    def bind(self, depth: int, patches: int, class_token: bool, distilled: bool) -> "PPT":
+        if not class_token:
+            raise ValueError("PPT scores patches by the class token's attention: it needs class_token=True")
+        bound = super().bind(depth, patches, class_token, distilled)
+        if wrong := [block for block in self.blocks if not 0 <= block < depth]:
+            raise ValueError(f"blocks: {wrong} are not among the {depth} blocks, which count from 0")
+        per_block = {
+            name: value if isinstance(value, tuple) else (value,) * len(self.blocks)
+            for name, value in (("threshold", self.threshold), ("policy", self.policy))
+        }
+        tokens, counts = patches + bound.prefix, []
+        # The schedule has an entry for every block of the network, but only reducing blocks take one, in their order.
+        asked = tome.schedule(depth, self.r, self.inflect)[: len(self.blocks)]
+        for r, policy in zip(asked, per_block["policy"], strict=True):
+            protected = 1 if policy == "prune" and not self.protect_distilled else bound.prefix
+            counts.append(tome.removable(tokens, r, protected))
+            tokens -= counts[-1]
+        return dataclasses.replace(bound, r=tuple(counts), inflect=0.0, **per_block)
+
+    def _removed(self, block: int) -> int:
+        return self.r[self.blocks.index(block)] if block in self.blocks else 0
+
+    def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
+        bias = proportional(bias, tokens.size if self.prop_attn else None)
+        y = attend(q, k, v, bias, scale)
+        if not self._removed(block):
+            return y, None
+        scores = significance(q, k, v, bias, scale)
+        protected = 2 if self.distilled and self.protect_distilled else 1
+        first = jnp.full((scores.shape[0], protected), FIRST, scores.dtype)
+        return y, Seen(jnp.concatenate([first, scores[:, protected - 1 :]], axis=1), head_mean(k))
+
+    def reduce(self, tokens: Tokens, block: int, train: bool, seen: Seen | None) -> Tokens:
+        if seen is None:
+            return tokens
+        at = self.blocks.index(block)
+        size = tokens.size
+        if size is None or not self.prop_attn:  # without proportional attention every step counts from one again
+            size = jnp.ones(tokens.x.shape[:2], seen.scores.dtype)
+        done = step(
+            tokens.x,
+            size,
+            Seen(finite("scores", seen.scores), seen.metric),
+            self.r[at],
+            self.threshold[at],
+            self.policy[at],
+            2 if self.distilled and self.protect_distilled else 1,
+            self.distilled,
+        )
+        tokens = tokens._replace(x=done.x, size=done.size, origin=follow(tokens.origin, done.moves))
+        decided = {"scores": seen.scores, "variance": done.variance, "pruned": done.pruned}
+        return tokens.noted(block, size=done.size, **decided, **done.moves._asdict())
+
+
+def reduction(
+    r: int | Sequence[int],
+    blocks: Sequence[int] = (3, 6, 9),
+    threshold: float | Sequence[float] = 7e-5,
+    policy: str | Sequence[str] = "adaptive",
+    inflect: float = 0.0,
+    prop_attn: bool = True,
+    protect_distilled: bool = False,
+) -> PPT:
+    """Prunes or pools r tokens at `blocks` of a ViT: the value for its field `reduce`.
+
+    Adds the endpoints `blockNN_scores`, `_variance`, `_pruned` (booleans), `_size`, `_keep`, `_drop`, `_into`.
+
+    Args:
+      r: tokens to remove at every one of `blocks`, or one number for each; at most half of the tokens go at once. With
+        `inflect` see `tome.schedule`: as in the official code it runs over all blocks of the network, and reducing
+        blocks take its first entries.
+      blocks: ascending, from 0.
+      threshold: of the variance of the scores; one, or one for each of `blocks`. DeiT-S with r=50: 7e-5 off the shelf,
+        6e-5 fine-tuned.
+      policy: see `step`; one, or one for each of `blocks`.
+      prop_attn: attention weighs keys by their sizes. Off, sizes are forgotten between reducing blocks, as officially.
+      protect_distilled: pruning spares the distillation token too. The official code can lose it, and then reads its
+        logits from whatever token comes second; pooling always spares it.
+    Raises:
+      ValueError: blocks that repeat or descend, an unknown policy, a wrong number of entries; at the first use, blocks
+        the network has not, a network without class token, more tokens removed than there are.
+    """
+    blocks = tuple(blocks)
+    if list(blocks) != sorted(set(blocks)):
+        raise ValueError(f"blocks: {list(blocks)} do not ascend")
+    values = {}
+    for name, value in (("r", r), ("threshold", threshold), ("policy", policy)):
+        values[name] = value if isinstance(value, int | float | str) else tuple(value)
+        if isinstance(values[name], tuple) and len(values[name]) != len(blocks):
+            raise ValueError(f"{name} has {len(values[name])} entries for {len(blocks)} blocks")
+    for name in [values["policy"]] if isinstance(policy, str) else values["policy"]:
+        if name not in POLICIES:
+            raise ValueError(f"policy: {name!r} is none of {', '.join(POLICIES)}")
+    tome.schedule(max(len(blocks), 1), values["r"], inflect)
+    return PPT(values["r"], blocks, values["threshold"], values["policy"], inflect, prop_attn, protect_distilled)

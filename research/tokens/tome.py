@@ -1,0 +1,96 @@
+"""ToMe: in every block, the most similar tokens are merged.
+
+Source: Bolya et al. 2023 (arXiv 2210.09461), official code facebookresearch/ToMe.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from research.layers.attention import attend
+from research.layers.reduction import Reduction, Tokens
+from research.tokens import matching
+from research.tokens.moves import finite, follow, merge
+from research.tokens.scores import head_mean, proportional
+
+
+def schedule(depth: int, r: int | Sequence[int], inflect: float = 0.0) -> tuple[int, ...]:
+    """Tokens to remove in each of `depth` blocks (official `parse_r`).
+
+    Args:
+      r: of every block, or one number a block (none for those left out at the end).
+      inflect: slope of a single `r` over the depth, from -1 (2 r to 0, the paper's decreasing schedule) to 1.
+    Raises:
+      ValueError: more numbers than blocks, negative ones, a slope out of range or with one number a block.
+    """
+    if isinstance(r, int):
+        if not -1 <= inflect <= 1:
+            raise ValueError(f"inflect: {inflect} is not between -1 and 1")
+        low = int(r * (1.0 - inflect))
+        step = (2 * r - low - low) / max(depth - 1, 1)
+        counts = tuple(int(low + step * i) for i in range(depth))
+    else:
+        if inflect:
+            raise ValueError("inflect changes a single r; one number a block says it all")
+        counts = (*r, *[0] * (depth - len(r)))
+    if len(counts) > depth:
+        raise ValueError(f"r has {len(counts)} numbers for {depth} blocks")
+    if min(counts, default=0) < 0:
+        raise ValueError(f"r: {r} removes a negative number of tokens")
+    return counts
+
+
+def removable(tokens: int, r: int, protected: int) -> int:
+    """How many of `tokens` a matching removes when asked for r: at most half of those that are not protected.
+
+    Raises:
+      ValueError: r is more than there are.
+    """
+    if r > tokens - protected:
+        raise ValueError(f"r={r} removes more tokens than the {tokens - protected} patches that are left: lower r")
+    return max(min(r, (tokens - protected) // 2), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToMe(Reduction):
+    """See `reduction`; `r` is one number a block once it is bound to a network."""
+
+    r: int | tuple[int, ...]
+    inflect: float = 0.0
+    prop_attn: bool = True
+
+    def bind(self, depth: int, patches: int, class_token: bool, distilled: bool) -> "ToMe":
+        bound = super().bind(depth, patches, class_token, distilled)
+        counts, tokens = schedule(depth, self.r, self.inflect), patches + bound.prefix
+        for r in counts:
+            tokens -= removable(tokens, r, bound.prefix)
+        return dataclasses.replace(bound, r=counts, inflect=0.0)
+
+    def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
+        bias = proportional(bias, tokens.size if self.prop_attn else None)
+        return attend(q, k, v, bias, scale), head_mean(k) if self.r[block] else None
+
+    def reduce(self, tokens: Tokens, block: int, train: bool, seen: Any) -> Tokens:
+        if not self.r[block]:
+            return tokens
+        moves = matching.bipartite(finite("keys", seen), self.r[block], self.class_token, self.distilled)
+        x, size = merge(tokens.x, moves, tokens.size)
+        tokens = tokens._replace(x=x, size=size, origin=follow(tokens.origin, moves))
+        return tokens.noted(block, size=size, **moves._asdict())
+
+
+def reduction(r: int | Sequence[int], inflect: float = 0.0, prop_attn: bool = True) -> ToMe:
+    """Merges r tokens in every block of a ViT: the value for its field `reduce`.
+
+    Adds the endpoints `blockNN_size`, `blockNN_keep`, `blockNN_drop`, `blockNN_into` (see `research.tokens.moves`).
+
+    Args:
+      r, inflect: see `schedule`. No block removes more than half of the tokens it may.
+      prop_attn: attention weighs keys by their sizes; off for networks that were trained with ToMe so, and for MAE.
+    Raises:
+      ValueError: see `schedule`; at the first use, more tokens removed than there are.
+    """
+    schedule(1 if isinstance(r, int) else len(r), r, inflect)
+    return ToMe(r if isinstance(r, int) else tuple(r), inflect, prop_attn)
