@@ -8,11 +8,11 @@ Hardware:   2 CPU cores; times in research/backbones/README.md
 Data:       {train,test}/<class>/<n>.jpg of 32x32 pixels, 10 classes, in a zip or a folder
 Published:  nothing of this size; research/backbones/README.md shows our tables
 
-Arms share data, order and augmentation. Of `vanillanet`, `deep` trains twice the convolutions with the slope annealed
-over half of the epochs, and its merged form is scored as `deep_deploy`; `direct` trains that form itself. The arms of
-`parameternet` have so many experts a convolution, `plain` none. Those of `bimlp` differ in their quantisers: `real` has
-neither, `ternary` is the official network, `sign` the paper's, and `activations` has ternary activations and real
-weights, the first step of two-step training.
+Arms share data, order and augmentation. Those of `vanillanet` differ in their activation, series or ReLU alone; each
+trains twice the convolutions with the slope annealed over half of the epochs (--sweep.slope.decay_epochs=0,5 compares
+with linear ones from the start), and its merged form is scored as `<arm>_deploy`. The arms of `parameternet` have so many experts a convolution, `plain` none. Those of `bimlp` differ in their quantisers: `real` has neither,
+`ternary` is the official network, `sign` the paper's, and `activations` has ternary activations and real weights, the
+first step of two-step training.
 """
 
 from typing import NamedTuple
@@ -45,8 +45,8 @@ FAMILIES = {
         "vanillanet_6",
         {"dims": (32, 64, 128, 256, 256), "strides": (1, 2, 2, 1), "act_num": 1},
         {"dims": (4, 4, 8, 8, 8)},
-        {"deep": {}, "direct": {"deploy": True}},
-        "deep+direct",
+        {"series": {}, "relu": {"act_num": 0}},
+        "series+relu",
         32,
         "research.distill.deep_training",
     ),

@@ -15,7 +15,7 @@ from research.core import writers
 ROOT = pathlib.Path(__file__).parents[2] / "configs" / "backbones"
 
 # One arm each of those that are alike to the compiler.
-STUDIES = ("family=vanillanet", "family=parameternet,arms=experts2", "family=bimlp,arms=sign")
+STUDIES = ("family=vanillanet,arms=series", "family=parameternet,arms=experts2", "family=bimlp,arms=sign")
 
 
 @pytest.fixture(autouse=True)
