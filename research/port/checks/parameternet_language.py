@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.language import llama
+from research.language.losses import next_token_loss
 from research.layers import moe
 from research.port.names import from_official, to_official
 from research.port.verify import Golden
@@ -54,7 +55,7 @@ def language_model(golden: Golden) -> dict:
     def loss(params):
         logits, endpoints = model.apply({"params": params}, tokens)
         aux = moe.load_balancing_loss(endpoints["router_logits"])
-        total = llama.next_token_loss(logits, labels) + weight * aux
+        total = next_token_loss(logits, labels) + weight * aux
         return total, {"logits": logits, "loss": total, "aux_loss": aux, **endpoints}
 
     gradients, outputs = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
