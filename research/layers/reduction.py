@@ -62,6 +62,14 @@ class Reduction:
         """
         return dataclasses.replace(self, class_token=class_token, distilled=distilled)
 
+    def left(self, block: int, tokens: int) -> int:
+        """How many of `tokens` a block leaves, of a bound reduction."""
+        return tokens
+
+    def overhead(self, block: int, tokens: int, width: int, heads: int) -> int:
+        """What the method itself computes in a block that `tokens` enter, as `research.tokens.budget` counts."""
+        return 0
+
     def start(self, x: jax.Array) -> Tokens:
         """The state before the first block, of tokens (B, N0, C)."""
         return Tokens(x, jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], x.shape[:2]))

@@ -23,10 +23,30 @@ def cubic_weights(old: int, new: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def absolute(embedding: np.ndarray, grid: Grid, prefix: int, old: Grid | None = None) -> np.ndarray:
+def sharp_cubic_weights(old: int, new: int) -> np.ndarray:
+    """`cubic_weights` without antialiasing, with a = -3/4 and the border repeated.
+
+    What PyTorch's `interpolate(mode="bicubic")` and OpenCV compute.
+    """
+    centres = (np.arange(new) + 0.5) * (old / new) - 0.5
+    weights = np.zeros((new, old))
+    for tap in range(-1, 3):
+        at = np.floor(centres) + tap
+        distance = np.abs(centres - at)
+        near = (1.25 * distance - 2.25) * distance**2 + 1
+        far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3
+        columns = np.clip(at, 0, old - 1).astype(int)
+        np.add.at(weights, (np.arange(new), columns), np.where(distance < 1, near, np.where(distance < 2, far, 0.0)))
+    return weights
+
+
+def absolute(
+    embedding: np.ndarray, grid: Grid, prefix: int, old: Grid | None = None, weights=cubic_weights
+) -> np.ndarray:
     """Position embeddings (1, prefix + old rows x columns, C) for a grid of (rows, columns) tokens.
 
-    The first `prefix` entries (class and distillation tokens) are kept. The old grid is square unless stated.
+    The first `prefix` entries (class and distillation tokens) are kept. The old grid is square unless stated. `weights`
+    interpolates: `cubic_weights` as timm does on import, `sharp_cubic_weights` as DeiT and EViT do.
 
     Raises:
       ValueError: the old grid is neither square nor stated.
@@ -37,7 +57,7 @@ def absolute(embedding: np.ndarray, grid: Grid, prefix: int, old: Grid | None = 
         raise ValueError(
             f"{patches.shape[1]} position embeddings do not form a square grid: state the old grid (rows, columns)"
         )
-    rows, columns = (cubic_weights(before, after) for before, after in zip(old, grid, strict=True))
+    rows, columns = (weights(before, after) for before, after in zip(old, grid, strict=True))
     values = patches.reshape(*old, -1).astype(np.float64)
     values = np.einsum("hi,wj,ijc->hwc", rows, columns, values).reshape(1, -1, embedding.shape[-1])
     return np.concatenate([tokens, values.astype(embedding.dtype)], axis=1)

@@ -18,7 +18,8 @@ class Moves(NamedTuple):
     Fields:
       keep: (B, M) positions of the tokens that go on, in the order they have afterwards.
       drop: (B, N - M) positions of the others.
-      into: (B, N - M) the position afterwards of the token that each dropped one joins; -1 where it is lost.
+      into: (B, N - M) the position afterwards of the token that each dropped one joins; -1 where it is lost. Position M
+        is that of a token made of dropped ones alone, where a method makes one.
     """
 
     keep: jax.Array
@@ -124,6 +125,11 @@ def unmerge(x: jax.Array, origin: jax.Array) -> jax.Array:
     `origin` is that of a network's endpoints, or the `destinations` of one step.
     """
     return jnp.where((origin < 0)[..., None], jnp.zeros((), x.dtype), rows(x, jnp.maximum(origin, 0)))
+
+
+def sizes(origin: jax.Array, count: int) -> jax.Array:
+    """(B, count), integers: how many tokens of the first layer each of the last one holds."""
+    return jnp.sum(source(origin, count), axis=2)
 
 
 def source(origin: jax.Array, count: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from research.layers.attention import attend
 from research.layers.reduction import Reduction, Tokens
 from research.tokens import matching, tome
-from research.tokens.moves import Moves, choose, finite, follow, lost, merge, ranked, rows
+from research.tokens.moves import Moves, choose, finite, follow, lost, merge, ranked, rows, still
 from research.tokens.scores import head_mean, proportional, significance
 
 POLICIES = ("adaptive", "prune", "pool", "reverse")
@@ -68,6 +68,8 @@ def step(
         "prune": jnp.full(variance.shape, True),
         "pool": jnp.full(variance.shape, False),
     }[policy]
+    if r == 0:
+        return Step(x, size, still(*x.shape[:2]), variance, pruned)
     if policy != "pool":
         order = ranked(scores)
         prune = lost(order[:, : x.shape[1] - r], order[:, x.shape[1] - r :])
@@ -109,13 +111,22 @@ class PPT(Reduction):
             tokens -= counts[-1]
         return dataclasses.replace(bound, r=tuple(counts), inflect=0.0, **per_block)
 
-    def _removed(self, block: int) -> int:
-        return self.r[self.blocks.index(block)] if block in self.blocks else 0
+    def left(self, block: int, tokens: int) -> int:
+        return tokens - self.r[self.blocks.index(block)] if block in self.blocks else tokens
+
+    def overhead(self, block: int, tokens: int, width: int, heads: int) -> int:
+        """That of a block which pools, unless it always prunes; an adaptive network lies between the two."""
+        if self.left(block, tokens) == tokens:
+            return 0
+        # The scores, and arithmetic on single numbers (of indices, where it prunes) that the profiler counts too.
+        if self.policy[self.blocks.index(block)] == "prune":
+            return tokens + 6
+        return tokens + 2 + tome.matching_macs(tokens, width, heads)
 
     def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
         bias = proportional(bias, tokens.size if self.prop_attn else None)
         y = attend(q, k, v, bias, scale)
-        if not self._removed(block):
+        if block not in self.blocks:
             return y, None
         scores = significance(q, k, v, bias, scale)
         protected = 2 if self.distilled and self.protect_distilled else 1

@@ -53,6 +53,12 @@ def removable(tokens: int, r: int, protected: int) -> int:
     return max(min(r, (tokens - protected) // 2), 0)
 
 
+def matching_macs(tokens: int, width: int, heads: int) -> int:
+    """Multiply-adds of one matching and merge: mean keys, similarities, products with the sizes."""
+    head = width // heads
+    return tokens * head + (tokens + 1) // 2 * (tokens // 2) * head + tokens * width
+
+
 @dataclasses.dataclass(frozen=True)
 class ToMe(Reduction):
     """See `reduction`; `r` is one number a block once it is bound to a network."""
@@ -67,6 +73,12 @@ class ToMe(Reduction):
         for r in counts:
             tokens -= removable(tokens, r, bound.prefix)
         return dataclasses.replace(bound, r=counts, inflect=0.0)
+
+    def left(self, block: int, tokens: int) -> int:
+        return tokens - removable(tokens, self.r[block], self.prefix)
+
+    def overhead(self, block: int, tokens: int, width: int, heads: int) -> int:
+        return matching_macs(tokens, width, heads) if self.left(block, tokens) < tokens else 0
 
     def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
         bias = proportional(bias, tokens.size if self.prop_attn else None)

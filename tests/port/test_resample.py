@@ -1,5 +1,6 @@
 """Resampled positions, against Pillow's bicubic filter and SciPy's interpolation."""
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,6 +18,14 @@ def test_absolute_positions_are_resized_as_images(old, new):
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found[:, :2], prefix)
     np.testing.assert_allclose(found[0, 2:, 0].reshape(new + 2, new), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("old, new", [(14, 24), (14, 7), (3, 4)])
+def test_sharp_weights_are_those_of_opencv(old, new):
+    values = np.random.default_rng(0).normal(size=(old, old))
+    weights = resample.sharp_cubic_weights(old, new)
+    expected = cv2.resize(values, (new, new), interpolation=cv2.INTER_CUBIC)
+    np.testing.assert_allclose(weights @ values @ weights.T, expected, atol=1e-6)
 
 
 def test_a_grid_that_is_not_square_must_be_stated():
