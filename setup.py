@@ -41,6 +41,7 @@ setup(
         "opencv-python-headless>=4.10,<6",
         "Pillow>=10.4,<13",
         "safetensors>=0.5,<1",
+        "flatbuffers>=24.3.25,<26",  # what jax.export serialises with
         "tokenizers>=0.20,<1",
         "tensorboardX>=2.6.2,<3",
         "tqdm>=4.66,<5",
