@@ -217,6 +217,9 @@ class BiMLP(nn.Module):
 
     Endpoints: `stem`, `stage1`.., `features` (after the final norm), `pooled`. With `num_classes` 0 the logits are the
     pooled features.
+
+    Raises:
+      ValueError: images with a side below 3 pixels.
     """
 
     layers: tuple[int, ...] = (2, 2, 4, 2)
@@ -232,6 +235,9 @@ class BiMLP(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, jax.Array]]:
+        height, width = images.shape[1:3]
+        if min(height, width) < 3:
+            raise ValueError(f"images of {height}x{width} are smaller than 3x3, the least that the stem takes")
         norms = {
             "batch": functools.partial(BatchNorm, group=self.bn_group, dtype=self.dtype),
             "sample": functools.partial(sample_norm, dtype=self.dtype),
@@ -288,12 +294,16 @@ def build(**arguments) -> BiMLP:
 def freeze(params) -> dict:
     """The inference form of trained parameters: latent kernels of binary layers are replaced by their quantised values.
 
-    The network computes the same from both (a scale is then a mean of equal numbers); the signs and the scales that a
-    packed implementation stores are `research.layers.binary.signs_and_scales` of a kernel of either.
+    The network computes the same from both (a scale is then a mean of equal numbers). What is stored with one bit a
+    weight is made by `research.backbones.bimlp_packed`, from either.
     """
     flat = traverse_util.flatten_dict(dict(params))
-    binary_kernel = lambda path: re.match(r"network_\d+_\d+$", path[0]) and path[-1] == "kernel"
-    return traverse_util.unflatten_dict({p: binary.xnor(x) if binary_kernel(p) else x for p, x in flat.items()})
+    return traverse_util.unflatten_dict({p: binary.xnor(x) if is_binary(p) else x for p, x in flat.items()})
+
+
+def is_binary(path: tuple[str, ...]) -> bool:
+    """Whether the parameter at `path` is the kernel of a binary layer."""
+    return bool(re.match(r"network_\d+_\d+$", path[0])) and path[-1] == "kernel"
 
 
 VARIANTS = {
