@@ -25,6 +25,7 @@ FAMILIES = (
     "cifar_wrn",
     "cifar_vgg",
     "vit",
+    "lvvit",
     "clip",
     "beit",
     "convnext",

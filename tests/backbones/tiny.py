@@ -18,6 +18,7 @@ TINY = {
     "cifar_wrn": ("wrn_16_1", {"depth": 10}),
     "cifar_vgg": ("vgg8", {"channels": (4, 4, 8, 8, 8)}),
     "vit": ("deit_tiny_distilled_patch16_224", _TOKENS),
+    "lvvit": ("lvvit_t", {**_TOKENS, "stem_width": 4}),
     "clip": (
         "clip_vit_b32_full",
         _TOKENS
