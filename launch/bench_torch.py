@@ -1,8 +1,8 @@
-"""The same training step in PyTorch, for `launch.bench_train` to compare with; needs torch and timm, nothing of ours.
+"""The same steps in PyTorch, for `launch.bench_train` and `bench_backbones`; needs torch and timm, nothing of ours.
 
 Started as a process of its own, so that the two frameworks' thread pools do not meet. It answers one JSON line to each
-line on stdin: first {"ready": parameters, "version": text} or {"error": text}; then, for a number of steps, {"seconds":
-their time}.
+line on stdin: first {"ready": parameters, "version": text} or {"error": text}; then, for a number of training steps, or
+of forward passes in evaluation (`10 forward`), {"seconds": their time}.
 """
 
 import argparse
@@ -12,8 +12,8 @@ import time
 import warnings
 
 
-def step_function(options):
-    """(takes one optimiser step on a fixed batch, waits for the device, number of parameters)."""
+def timed(options):
+    """((name, count) -> seconds of so many calls on a fixed batch, number of parameters)."""
     import timm
     import torch
 
@@ -31,15 +31,31 @@ def step_function(options):
     dtype = getattr(torch, options.dtype)
     run = torch.compile(model) if options.compile else model
 
+    narrow = lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
     def step():
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with narrow():
             loss = torch.nn.functional.cross_entropy(run(images), labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return step, wait, sum(p.numel() for p in model.parameters())
+    def forward():
+        with torch.inference_mode(), narrow():
+            run(images)
+
+    def window(name, count):
+        """Seconds of `count` calls of "train" or "forward"."""
+        model.train(name == "train")
+        call = {"train": step, "forward": forward}[name]
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    return window, sum(p.numel() for p in model.parameters())
 
 
 def main() -> int:
@@ -54,10 +70,8 @@ def main() -> int:
     answer = sys.stdout
     sys.stdout = sys.stderr  # the libraries' chatter must not mix with the answers
     try:
-        step, wait, parameters = step_function(options)
-        for _ in range(3):
-            step()
-        wait()
+        window, parameters = timed(options)
+        window("train", 3)
         import timm
         import torch
     except Exception as error:  # whatever the reason, the comparison is left out and the reason is told
@@ -67,11 +81,8 @@ def main() -> int:
     version = f"torch {torch.__version__}, timm {timm.__version__}"
     print(json.dumps({"ready": parameters, "version": version}), file=answer, flush=True)
     for line in sys.stdin:
-        begin = time.perf_counter()
-        for _ in range(int(line)):
-            step()
-        wait()
-        print(json.dumps({"seconds": time.perf_counter() - begin}), file=answer, flush=True)
+        count, *name = line.split()
+        print(json.dumps({"seconds": window(name[0] if name else "train", int(count))}), file=answer, flush=True)
     return 0
 
 

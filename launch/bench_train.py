@@ -17,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -46,6 +46,7 @@ class Bench(NamedTuple):
       peak: FLOP/s of all devices at most, 0 where unknown.
       seconds: {BARE, LOOP, EAGER, COMPILED: seconds a step in each round}.
       notes: what could not be measured, and why.
+      work: FLOPs a forward multiply-add stands for: 6 in training, which is three forward passes, 2 in one.
     """
 
     model: str
@@ -55,14 +56,15 @@ class Bench(NamedTuple):
     peak: float
     seconds: dict[str, list[float]]
     notes: list[str]
+    work: int = 6
 
     def rate(self, name: str) -> float:
         """Examples/s, the median over the rounds."""
         return self.batch / statistics.median(self.seconds[name])
 
     def flops(self, name: str) -> float:
-        """Achieved FLOP/s of the model's mathematics: training is three forward passes, two FLOPs a multiply-add."""
-        return 6 * self.macs * self.rate(name)
+        """Achieved FLOP/s of the model's mathematics."""
+        return self.work * self.macs * self.rate(name)
 
     def ratios(self, name: str, other: str) -> list[float]:
         """Speed of `name` over that of `other` in each round."""
@@ -98,11 +100,17 @@ def torch_peer(python: str, network: classify.Network, options: argparse.Namespa
 
 
 @contextlib.contextmanager
-def peers(python: str | None, network: classify.Network, options: argparse.Namespace, notes: list[str]):
+def peers(
+    python: str | None,
+    network: classify.Network,
+    options: argparse.Namespace,
+    notes: list[str],
+    names: Sequence[str] = (EAGER, COMPILED),
+):
     """The PyTorch processes that work, by name; the reasons of the others go to `notes`."""
     found: dict[str, Peer] = {}
     try:
-        for name in (EAGER, COMPILED) if python else ():
+        for name in names if python else ():
             peer = torch_peer(python, network, options, name == COMPILED)
             if peer.reason:
                 notes.append(f"{name}: not compared ({peer.reason})")
@@ -119,13 +127,7 @@ def measure(options: argparse.Namespace) -> Bench:
     """Times everything in turns: a window of the loop, then as many bare steps, then PyTorch's."""
     network = network_of(options)
     engine = runner.build(classification(network))
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (options.batch, options.size, options.size, 3), dtype=np.uint8),
-        "label": rng.integers(0, options.classes, options.batch, dtype=np.int32),
-        "mask": np.ones(options.batch, np.float32),
-        "index": np.arange(options.batch, dtype=np.int32),
-    }
+    batch = synthetic(options.batch, options.size, options.classes)
     key, notes = jax.random.PRNGKey(0), []
     seconds: dict[str, list[float]] = {BARE: [], LOOP: []}
     bare = _bare(engine, engine.init(key), engine.put(batch))
@@ -152,11 +154,30 @@ def measure(options: argparse.Namespace) -> Bench:
         with contextlib.closing(writer):
             loop.fit(engine, plan, key=key, train_batches=batches, writer=writer)
         own = network.cost()
-        for name, peer in others.items():
-            notes.append(f"{name}: {peer.version}")
-            if peer.ready["ready"] != own["params"]:
-                notes.append(f"{name} has {peer.ready['ready']:,} parameters: not the same model")
-    return Bench(options.model, own["params"], own["macs"], options.batch, _peak(options, notes), seconds, notes)
+        notes += compared(others, own["params"])
+    return Bench(options.model, own["params"], own["macs"], options.batch, peak(options.dtype, notes), seconds, notes)
+
+
+def compared(others: Mapping[str, Peer], params: int) -> list[str]:
+    """Which PyTorch was compared with, and where its model has not as many parameters as ours."""
+    notes = [f"{name}: {peer.version}" for name, peer in others.items()]
+    counts = {name: peer.ready["ready"] for name, peer in others.items()}
+    return notes + [
+        f"{name} has {count:,} parameters, not {params:,}: not the same model"
+        for name, count in counts.items()
+        if count != params
+    ]
+
+
+def synthetic(batch: int, size: int, classes: int) -> dict[str, np.ndarray]:
+    """A batch of random images and labels."""
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8),
+        "label": rng.integers(0, classes, batch, dtype=np.int32),
+        "mask": np.ones(batch, np.float32),
+        "index": np.arange(batch, dtype=np.int32),
+    }
 
 
 def network_of(options: argparse.Namespace) -> classify.Network:
@@ -180,9 +201,10 @@ def _bare(engine: runner.Runner, state, batch: dict) -> Callable[[int], float]:
     return run
 
 
-def _peak(options: argparse.Namespace, notes: list[str]) -> float:
+def peak(dtype: str, notes: list[str]) -> float:
+    """FLOP/s of all devices at most; 0 where unknown, which `notes` then tells."""
     try:
-        return cost.peak_flops(dtype=jnp.dtype(options.dtype)) * jax.device_count()
+        return cost.peak_flops(dtype=jnp.dtype(dtype)) * jax.device_count()
     except ValueError as error:
         notes.append(str(error))
         return 0.0
