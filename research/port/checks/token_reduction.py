@@ -1,4 +1,4 @@
-"""Golden checks of the methods beside PPT: ToMe's matchings and network, and EViT."""
+"""Golden checks of the methods beside PPT: ToMe's matchings and network, EViT, and those of `token_policies`."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from research.backbones import vit
 from research.port import resample
-from research.port.checks import common
+from research.port.checks import common, token_policies
 from research.port.checks.ppt import asked, matched, within
 from research.port.checks.transformers import arguments
 from research.port.verify import Golden
@@ -104,4 +104,4 @@ def check_evit(golden: Golden) -> dict:
     return outputs
 
 
-CHECKS = {"tome_match": tome_match, "tome_vit": tome_vit, "evit": check_evit}
+CHECKS = {"tome_match": tome_match, "tome_vit": tome_vit, "evit": check_evit, **token_policies.CHECKS}
