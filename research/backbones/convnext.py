@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.backbones import Input
-from research.layers import drop
+from research.layers import depthwise, drop
 from research.layers.dense import Dense
 from research.layers.drop import Dropout
 from research.layers.mlp import gelu
@@ -50,6 +50,7 @@ class Block(nn.Module):
             feature_group_count=self.features,
             kernel_init=_INIT,
             dtype=self.dtype,
+            conv_general_dilated=depthwise.conv,
             name="conv_dw",
         )(x)
         y = LayerNorm(dtype=self.dtype, name="norm")(y)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.layers.depthwise import depthwise_conv
 from research.layers.drop import Dropout
 from research.layers.norm import BatchNorm
 from research.layers.pool import adaptive_max_pool, global_mean, max_pool
@@ -60,14 +61,7 @@ class SeriesActivation(nn.Module):
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         side, channels = 2 * self.act_num + 1, x.shape[-1]
         kernel = self.param("kernel", _INIT, (side, side, 1, channels)).astype(self.dtype)
-        y = jax.lax.conv_general_dilated(
-            nn.relu(x).astype(self.dtype),
-            kernel,
-            (1, 1),
-            ((self.act_num, self.act_num),) * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=channels,
-        )
+        y = depthwise_conv(nn.relu(x).astype(self.dtype), kernel[:, :, 0], padding=self.act_num)
         if self.deploy:
             bias = self.param("bias", nn.initializers.zeros, (channels,))
             return y + bias.astype(y.dtype)[None, None, None]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from research.core.cost import macs
 from research.layers import depthwise
@@ -35,6 +36,24 @@ def test_the_public_function_on_this_device(per_example):
     found = jax.jit(depthwise.depthwise_conv, static_argnums=(2, 3))(x, kernel, 2, 1)
     np.testing.assert_allclose(found, depthwise._convolution(2, 1, x, kernel), rtol=1e-5, atol=1e-5)
     assert macs(lambda x, kernel: depthwise.depthwise_conv(x, kernel, 2, 1), x, kernel) == 2 * 5 * 4 * 3 * 9
+
+
+@pytest.mark.parametrize("size, stride", [((5, 57), 1), ((14, 14), 1), ((33, 7), 2)])
+def test_kernel_gradient_over_several_blocks_of_the_map(size, stride):
+    x, kernel = arrays(7, False, size)
+    y, pull = jax.vjp(lambda kernel: depthwise._convolution(stride, 3, x, kernel), kernel)
+    found = jax.jit(depthwise._kernel_gradient, static_argnums=(2, 3, 4))(x, y, 7, stride, 3)
+    np.testing.assert_allclose(found, pull(y)[0], rtol=1e-4, atol=1e-3)
+
+
+def test_as_the_convolution_of_a_flax_layer():
+    x, _ = arrays(3, False)
+    options = {"features": 3, "kernel_size": (3, 3), "padding": 1, "feature_group_count": 3, "strides": 2}
+    ours, flax = nn.Conv(**options, conv_general_dilated=depthwise.conv), nn.Conv(**options)
+    variables = flax.init(jax.random.PRNGKey(0), x)
+    np.testing.assert_allclose(ours.apply(variables, x), flax.apply(variables, x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="no depthwise convolution of 3 channels"):
+        ours.clone(strides=(2, 1)).apply(variables, x)
 
 
 def test_narrow_floats_are_summed_in_float32():
