@@ -11,6 +11,10 @@ from research.tokens import moves, ppt
 from research.tokens.tome import schedule
 
 
+# Arguments of timm's constructor that its evaluation does not depend on, or that are none where these methods are.
+NEUTRAL = ("attn_drop_rate", "qk_scale", "representation_size", "embed_layer")
+
+
 def asked(r, depth: int) -> tuple[int, ...]:
     """One number a block from an official `r`: an integer, a list, or an (integer, slope) that JSON made a list."""
     if isinstance(r, list) and len(r) == 2 and (isinstance(r[1], float) or r[1] < 0):
@@ -29,7 +33,7 @@ def within(counts, tokens: int, protected: int) -> tuple[int, ...]:
 
 def tiny_vit(golden: Golden) -> dict:
     """Logits of all settings the golden names; of its own one also everything about the reducing blocks."""
-    options, blocks = arguments(golden), golden.meta["pp_loc_list"]
+    options, blocks = arguments(golden, *NEUTRAL), golden.meta["pp_loc_list"]
     image = common.nhwc(golden.x["image"])
     tokens = golden.w["pos_embed"].shape[1]
     r = asked(golden.meta["r"], options["depth"])[: len(blocks)]

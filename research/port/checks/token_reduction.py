@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from research.backbones import vit
 from research.port import resample
 from research.port.checks import common, token_policies
-from research.port.checks.ppt import asked, matched, within
+from research.port.checks.ppt import NEUTRAL, asked, matched, within
 from research.port.checks.transformers import arguments
 from research.port.verify import Golden
 from research.tokens import evit, matching, moves, tome
@@ -59,7 +59,7 @@ def _apply(golden: Golden, options: dict, reduce) -> tuple[jax.Array, dict]:
 
 def tome_vit(golden: Golden) -> dict:
     """A network that merges in every block: logits, tokens, sizes and the source map."""
-    options = arguments(golden, "global_pool")
+    options = arguments(golden, "global_pool", *NEUTRAL)
     if "fc_norm.weight" in golden.w:  # MAE's network, which classifies the mean of the patches
         options["global_pool"] = "avg"
     tokens, prefix = golden.w["pos_embed"].shape[1], 1 + int(options.get("distilled", False))
@@ -81,7 +81,7 @@ def tome_vit(golden: Golden) -> dict:
 
 def check_evit(golden: Golden) -> dict:
     """A network that drops or fuses patches: what it keeps, and logits at the rates that the outputs' names state."""
-    options = arguments(golden, "keep_rate", "fuse_token")
+    options = arguments(golden, "keep_rate", "fuse_token", *NEUTRAL)
     depth, given = options.get("depth", 12), golden.kwargs.get("keep_rate", [1])
     given = [given] if isinstance(given, int | float) else given
     rates = list(given) * depth if len(given) == 1 else list(given)
