@@ -38,7 +38,7 @@ class Memory(NamedTuple):
 class EvoViT(Reduction):
     """See `reduction`."""
 
-    stages: tuple[tuple[int, int], ...]
+    stages: tuple[tuple[int, int | None], ...]
     keep: tuple[float, ...]
     tradeoff: tuple[float, ...] | float
     representative: bool
@@ -47,7 +47,7 @@ class EvoViT(Reduction):
     def bind(self, depth: int, patches: int, class_token: bool, distilled: bool) -> "EvoViT":
         if not class_token:
             raise ValueError("Evo-ViT ranks patches by the class token's attention: use class_token=True")
-        if self.stages[-1][1] > depth:
+        if max(self.stages[-1][0] + 1, self.stages[-1][1] or 0) > depth:
             raise ValueError(f"stages={self.stages}: the network has {depth} blocks")
         if not isinstance(self.tradeoff, float) and len(self.tradeoff) != depth:
             raise ValueError(f"tradeoff={self.tradeoff}: give one number, or one for each of {depth} blocks")
@@ -119,7 +119,7 @@ def _summary(rest: jax.Array, attention: jax.Array) -> jax.Array:
 
 
 def reduction(
-    stages: tuple[tuple[int, int], ...] = ((4, 8), (8, 12)),
+    stages: tuple[tuple[int, int | None], ...] = ((4, 8), (8, 12)),
     keep: float | tuple[float, ...] = 0.5,
     *,
     tradeoff: float | tuple[float, ...] = 0.5,
@@ -131,7 +131,8 @@ def reduction(
     first block, `block05_...`: `attention` (B, P) of all patches in descending order and their `order` (B, P).
 
     Args:
-      stages: (first block, block after the last) of the stages, counted from 0.
+      stages: (first block, block after the last) of the stages, counted from 0. A last stage that ends with None leaves
+        its waiting patches out of the result (official `prunecls`).
       keep: share of the patches that a stage computes, rounded down; one rate for all stages or one each.
       tradeoff: share of a block's own attention in the running mean, for all blocks or one each.
       representative: the waiting patches are computed as one token, their mean weighted by attention, and each receives
@@ -139,10 +140,12 @@ def reduction(
     Raises:
       ValueError: stages that overlap or begin at block 0, rates or shares outside (0, 1].
     """
-    stages = tuple((int(first), int(last)) for first, last in stages)
+    stages = tuple((first, last) for first, last in stages)
     rates = (float(keep),) * len(stages) if isinstance(keep, float | int) else tuple(keep)
-    edges = [edge for stage in stages for edge in stage]
-    if not stages or edges[0] < 1 or edges != sorted(edges) or any(first >= last for first, last in stages):
+    ended = [(first, first + 1 if last is None else last) for first, last in stages]
+    edges = [edge for stage in ended for edge in stage]
+    wrong = any(first >= last for first, last in ended) or any(last is None for _, last in stages[:-1])
+    if not stages or wrong or edges[0] < 1 or edges != sorted(edges):
         raise ValueError(
             f"stages={stages}: give ascending (first, last) pairs from block 1 on; block 0 ranks the patches"
         )

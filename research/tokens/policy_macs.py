@@ -55,7 +55,7 @@ def dynamicvit(
 def evo_vit(
     dim: int,
     heads: int,
-    stages: Sequence[tuple[int, int]] = ((4, 8), (8, 12)),
+    stages: Sequence[tuple[int, int | None]] = ((4, 8), (8, 12)),
     keep: Sequence[float] = (0.5, 0.5),
     *,
     depth: int = 12,
@@ -72,7 +72,7 @@ def evo_vit(
     first = rows * columns
     total = first * 3 * patch_size**2 * dim + dim * num_classes + 2 * dim + 2 * len(stages)
     for index in range(depth):
-        rates = [rate for (start, end), rate in zip(stages, keep, strict=True) if start <= index < end]
+        rates = [rate for (start, end), rate in zip(stages, keep, strict=True) if start <= index < (end or depth)]
         patches = int(first * rates[0]) if rates else first
         total += block(patches + 1, patches + 1, dim, heads)
         total += 2 * patches if 0 < index < stages[-1][0] else 0

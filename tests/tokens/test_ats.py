@@ -97,11 +97,22 @@ def test_an_image_is_reduced_as_if_it_were_alone(network):
     np.testing.assert_allclose(alone(variables, images[2:3])[0], logits[2:3], rtol=2e-5, atol=2e-5)
 
 
-def test_gradients_are_finite_in_bfloat16(network):
-    images, variables, _ = network
-    model = vit.build(**TINY, reduce=ats.reduction(at=(2, 3)), dtype=jnp.bfloat16)
-    gradients = jax.jit(jax.grad(lambda v: jnp.sum(model.apply(v, images)[0].astype(jnp.float32))))(variables)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradients))
+def test_gradients_past_padding_are_finite_in_bfloat16():
+    reduce = ats.reduction(at=(1, 2)).bind(4, 5, True, False)
+    size = jnp.asarray([[1.0, 1.0, 1.0, 1.0, 0.0, 0.0]])
+    tokens = reduce.start(jnp.zeros((1, 6, 8), jnp.bfloat16))._replace(size=size)
+    parts = jax.random.normal(jax.random.key(0), (3, 1, 2, 6, 4), jnp.bfloat16)
+
+    def loss(parts):
+        y, scores = reduce.attend(tokens, 2, True, *parts, None, None)
+        return jnp.sum(jnp.square(y.astype(jnp.float32))), (y, scores)
+
+    gradient, (y, scores) = jax.jit(jax.grad(loss, has_aux=True))(parts)
+    assert y.dtype == jnp.bfloat16 and scores.dtype == jnp.float32
+    assert bool(jnp.all(jnp.isfinite(gradient))) and not np.any(gradient[1:, :, :, 4:]) and not np.any(scores[0, 3:])
+    model = vit.build(**TINY, reduce=reduce, dtype=jnp.bfloat16)
+    (logits, _), _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), jnp.zeros((1, 32, 32, 3)))
+    assert logits.dtype == jnp.bfloat16
 
 
 def test_impossible_requests_are_explained():

@@ -116,10 +116,12 @@ def check_evo_vit(golden: Golden) -> dict:
     """A whole network in evaluation and, with dropout off, in training: order of the patches, tokens, logits."""
     kwargs = dict(golden.kwargs)
     ratio, tradeoff = kwargs.pop("prune_ratio", None), kwargs.pop("tradeoff", 0.5)
+    stages = ((4, 8), (8, None if kwargs.pop("prunecls", False) else 12))
     keep = (0.5, 0.5) if ratio is None else (ratio[4], ratio[8])
     kwargs = arguments(dataclasses.replace(golden, meta={"kwargs": kwargs}), *NEUTRAL)
     tradeoff = tuple(tradeoff) if isinstance(tradeoff, list) else tradeoff
-    model = evo_vit.build(**{**kwargs, "depth": 12}, reduce=evo_vit.reduction(keep=keep, tradeoff=tradeoff))
+    reduce = evo_vit.reduction(stages, keep, tradeoff=tradeoff)
+    model = evo_vit.build(**{**kwargs, "depth": 12}, reduce=reduce)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), common.nhwc(golden.x["image"]))
     weights = from_official(shapes, evo_vit.to_deit(golden.w), evo_vit.NAMES)
     run = jax.jit(model.apply, static_argnames="train")
