@@ -3,15 +3,19 @@
     python -m launch.convert --model resnet50 --from resnet50_a1.safetensors --to weights/
     python -m launch.convert --model resnet50 --from weights/resnet50.safetensors --to resnet50_official.safetensors
 
-A file under official names becomes variables under our paths; one of ours becomes official. `--dialect` says whose
-names the official side uses. `--to` a folder writes `<model>.safetensors` there. PyTorch files need the `torch` extra.
+    python -m launch.convert --model vanillanet_5 --from vanillanet_5.pth --to weights/ --merge
+
+A file under official names becomes variables under our paths; one of ours becomes official; `--names` says otherwise.
+`--dialect` says whose names the official side uses. `--to` a folder writes `<model>.safetensors` there. `--merge`
+writes the form to deploy: of a VanillaNet the weights of `<model>_deploy`, of a BiMLP the quantised values of its
+kernels. PyTorch files need the `torch` extra.
 """
 
 import argparse
 import pathlib
 
 from research.core.errors import UserError, cli
-from research.port import checkpoint
+from research.port import checkpoint, merge
 
 
 @cli
@@ -26,10 +30,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num-classes", type=int, help="classes the network has; by default as many as the file")
     parser.add_argument("--new-head", type=int, metavar="SEED", help="initialise the classifier instead of reading it")
     parser.add_argument("--image-size", type=int, help="side of the images to resample learned positions for")
+    parser.add_argument("--merge", action="store_true", help="write the deployed form (vanillanet, bimlp)")
+    parser.add_argument("--names", choices=("ours", "official"), help="of the written file; by default the other ones")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     args = parser.parse_args(argv)
 
-    target = args.target if args.target.suffix else args.target / f"{args.model}.safetensors"
+    model = merge.target(args.model) if args.merge else args.model
+    target = args.target if args.target.suffix else args.target / f"{model}.safetensors"
     if target.exists() and not args.overwrite:
         raise UserError(f"{target} exists: choose another --to, or pass --overwrite")
     file = checkpoint.read(args.model, args.source, args.dialect)
@@ -41,11 +48,14 @@ def main(argv: list[str] | None = None) -> int:
         image_size=args.image_size,
         new_head=args.new_head,
     )
-    if file.ours:
-        checkpoint.save_official(variables, args.model, target, dialect=args.dialect)
+    if args.merge:
+        variables = merge.merged(args.model, variables)
+    names = args.names or ("official" if file.ours else "ours")
+    if names == "official":
+        checkpoint.save_official(variables, model, target, dialect=args.dialect)
     else:
         checkpoint.save_variables(variables, target)
-    print(f"{args.model}: {args.source} -> {target} ({'official names' if file.ours else 'our names'})")
+    print(f"{model}: {args.source} -> {target} ({'our' if names == 'ours' else names} names)")
     return 0
 
 

@@ -199,7 +199,11 @@ def _resampled(state: dict, tree: dict, rules: names.Rules, model: nn.Module) ->
     flat, state = traverse_util.flatten_dict(tree), dict(state)
     for name, path in names.table(tree, rules).items():
         shape = flat[path].shape
-        if name not in state or state[name].shape == shape or not hasattr(model, "img_size"):
+        if name not in state or not hasattr(model, "img_size"):
+            continue
+        if path[-1] == "pos_embed":  # a plain table (N, C) in CLIP's files
+            state[name] = state[name].reshape(1, *state[name].shape[-2:])
+        if state[name].shape == shape:
             continue
         cells = grid(model.img_size, model.patch_size)
         if path[-1] == "pos_embed":

@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from research import backbones
 from research.port import checkpoint, names, tensors
-from tests.backbones import drawn
+from tests.backbones import drawn, tiny
 
 MODEL = "resnet8"
 
@@ -142,6 +142,21 @@ def test_positions_are_resampled_for_another_image_size(tmp_path):
     np.testing.assert_array_equal(new[:, 0], old[:, 0])
     # The mean survives a resize; single values do not.
     np.testing.assert_allclose(new[0, 1:].mean(0), old[0, 1:].mean(0), atol=0.02)
+
+
+def test_positions_that_are_a_plain_table_are_resampled_too(tmp_path, monkeypatch):
+    name = tiny.use(monkeypatch, "clip")
+    variables = drawn.variables(backbones.create(name), jnp.zeros((1, 16, 16, 3)))
+    checkpoint.save_official(variables, name, tmp_path / "w.safetensors")
+    stored = safetensors.numpy.load_file(tmp_path / "w.safetensors")
+    assert stored["vision_model.embeddings.position_embedding.weight"].shape == (5, 16)
+    assert_same(checkpoint.load_official(name, tmp_path / "w.safetensors", num_classes=7), variables)
+    found = checkpoint.load_official(name, tmp_path / "w.safetensors", num_classes=7, image_size=24)
+    new, old = (tree["params"]["vision"]["pos_embed"] for tree in (found, variables))
+    assert new.shape == (1, 10, 16)
+    np.testing.assert_array_equal(new[:, 0], old[:, 0])
+    # Corners lie outside of the old cells' centres, the middle is their mean.
+    np.testing.assert_allclose(new[0, 5], old[0, 1:].mean(0), atol=1e-6)
 
 
 class Payload:
