@@ -12,7 +12,7 @@ from research import backbones
 from research.backbones import lvvit
 from research.core.cost import macs, params_count
 from research.port import names
-from research.tokens import ats, policy_macs
+from research.tokens import ats, dynamicvit, policy_macs, ppt
 
 COUNTS = pathlib.Path(__file__).parents[1] / "golden" / "token_reduction" / "counts.json"
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5, "stem_width": 4}
@@ -110,6 +110,17 @@ def test_counts_are_exact():
     assert policy_macs.lvvit(384, 6, 16) == entry["macs"]
     # What torchprofile counts beside products: batch norms, scaled queries, layer norms.
     assert entry["macs"] - products == 3 * 112**2 * 64 + 16 * 3 * 197 * 384 + 197 * 384
+
+
+@pytest.mark.parametrize(
+    "reduce, published, tokens",
+    [(dynamicvit.reduction((4, 8, 12), 0.7), 26.9, 68), (ppt.reduction(50, (4, 8, 12)), 26.2, 49)],
+)
+def test_reduced_networks_have_the_published_sizes(reduce, published, tokens):
+    model, image = backbones.create("lvvit_s", reduce=reduce), jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    (logits, ends), found = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), image)
+    assert round(params_count(found["params"]) / 1e6, 1) == published
+    assert logits.shape == (1, 1000) and ends["aux"].shape == (1, tokens - 1, 1000)
 
 
 def test_impossible_requests_are_explained(images):
