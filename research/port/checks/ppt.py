@@ -10,7 +10,6 @@ from research.port.verify import Golden
 from research.tokens import moves, ppt
 from research.tokens.tome import schedule
 
-
 # Arguments of timm's constructor that its evaluation does not depend on, or that are none where these methods are.
 NEUTRAL = ("attn_drop_rate", "qk_scale", "representation_size", "embed_layer")
 
