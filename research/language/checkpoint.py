@@ -108,11 +108,11 @@ def save(
     folder: str | os.PathLike,
     model: nn.Module,
     variables,
-    *,
     config: Mapping | None = None,
+    *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes `model` and its `variables` as Hugging Face's `from_pretrained` reads them.
+    """Writes `model` and its `variables` as Hugging Face's `from_pretrained` reads them: `save(folder, *pretrained)`.
 
     Args:
       config: what else to state in `config.json`, such as special tokens.
