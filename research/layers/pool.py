@@ -27,7 +27,14 @@ def avg_pool_ceil(x: jax.Array) -> jax.Array:
 
 
 def global_mean(x: jax.Array) -> jax.Array:
-    """(B, H, W, C) -> (B, C), summed in float32 or better, in the dtype of `x`."""
+    """(B, H, W, C) -> (B, C), summed in float32 or better, in the dtype of `x`.
+
+    Raises:
+      ValueError: a map without pixels, whose mean would be NaN: the image was too small for the network's strides.
+    """
+    height, width = x.shape[1:3]
+    if not height * width:
+        raise ValueError(f"the image is too small: a {height}x{width} map is left to average; give larger images")
     return jnp.mean(x, axis=(1, 2))
 
 

@@ -11,7 +11,6 @@ import pytest
 from configs.backbones import parameternet as recipe
 from research import backbones
 from research.backbones import parameternet
-from research.core import sharding
 from research.core.errors import UserError
 from research.layers import dynamic
 from research.port import names
@@ -116,25 +115,6 @@ def test_bfloat16_routes_in_float32(variables, images, exact):
     logits, endpoints = jax.jit(model.apply)(variables, images)
     assert {x.dtype for x in jax.tree.leaves((logits, endpoints))} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_allclose(logits.astype(jnp.float32), exact[0], atol=0.05 * float(jnp.max(jnp.abs(exact[0]))))
-
-
-def test_gradients_under_fsdp_are_those_of_one_device_from_one_program(variables, images):
-    model, images = parameternet.build(**{**SMALL, "cfgs": CFGS[:1]}), images[:, :8, :8]
-    body = jax.jit(model.init)(jax.random.key(0), images[:1])
-
-    def gradient(params, images):
-        apply = lambda p: model.apply({**body, "params": p}, images, train=True, mutable=["batch_stats"])[0][0]
-        return jax.grad(lambda p: jnp.sum(apply(p) ** 2))(params)
-
-    mesh, params = sharding.mesh({"data": 1, "fsdp": 8}), body["params"]
-    placed = sharding.shardings(params, mesh, [(".*", "fsdp")], smallest=1)
-    step = jax.jit(gradient)
-    alone = step(params, images)
-    step(jax.tree.map(lambda x: 2 * x, params), images)
-    assert step._cache_size() == 1  # one program, whatever the routing
-    split = step(jax.device_put(params, placed), jax.device_put(images, sharding.batch_sharding(mesh)))
-    size = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(alone))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5 * size), split, alone)
 
 
 def test_an_unknown_activation_is_refused(images):
