@@ -111,7 +111,7 @@ def _hint(student, config, labels, networks, group) -> tuple[hints.Hint | None, 
 def _values(student: Mapping) -> Callable[[jax.Array], dict]:
     """epoch -> the weights and `loss_options` as they are then: constant, or by `student.schedule`, which is alike."""
     constant = {name: getattr(student, name) for name in WEIGHTS}
-    points = dict(student.schedule)
+    points = dict(student.get("schedule", {}))  # not in runs of earlier versions
     inner = dict(points.pop(OPTIONS, {}))
     for given, known in ((points, WEIGHTS), (inner, tuple(student.loss_options))):
         if unknown := [name for name in given if name not in known]:
