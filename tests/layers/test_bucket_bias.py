@@ -33,7 +33,7 @@ def test_buckets_are_the_published_ones(buckets, max_distance, bidirectional):
 
 
 def test_edges_of_the_published_sizes():
-    """Distances 16, 32 and 64 open a bucket of their own; double precision puts 64 in the one before."""
+    """Distances 16, 32 and 64 lie on boundaries and open a bucket of their own."""
     begins = bucket_bias.thresholds(16, 128)
     assert list(begins[:8]) == list(range(1, 9))
     assert {16, 32, 64} <= set(begins.tolist()) and begins[-1] == 91
