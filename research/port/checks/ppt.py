@@ -81,7 +81,8 @@ def _block(endpoints: dict, block: int) -> dict:
 def matched(step: moves.Moves) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The official indices (unmerged, source, destination) of a bipartite matching: within even and odd positions."""
     keep, drop, into = (np.asarray(part) for part in step)
-    unmerged = keep[keep % 2 == 0].reshape(len(keep), -1)
+    left, odd = keep.shape[1], (keep.shape[1] + drop.shape[1]) // 2
+    unmerged = keep[keep % 2 == 0].reshape(len(keep), left - odd)  # also where there is no image
     return unmerged // 2, drop // 2, np.take_along_axis(keep, into, 1) // 2
 
 
