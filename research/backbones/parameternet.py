@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.core import cost
-from research.layers import drop
+from research.layers import depthwise, drop
 from research.layers.drop import Dropout
 from research.layers.dynamic import DynamicConv
 from research.layers.init import torch_linear
@@ -61,6 +61,7 @@ def _conv(features: int, size: int, stride: int = 1, *, groups: int = 1, experts
         use_bias=False,
         feature_group_count=groups,
         kernel_init=torch_conv,
+        conv_general_dilated=depthwise.conv,
         dtype=dtype,
         name=name,
     )

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.layers import depthwise as shifted
 from research.layers.drop import DropPath
 from research.layers.init import kaiming_fan_out
 from research.layers.norm import BatchNorm
@@ -52,7 +53,8 @@ def conv(features: int, size: int | tuple[int, int], stride: int = 1, *, same: b
 
 def depthwise(channels: int, size: int | tuple[int, int], stride: int = 1, **kwargs) -> nn.Conv:
     """A `conv` of every channel by itself."""
-    return conv(channels, size, stride, **{"kernel_init": depthwise_init, **kwargs, "feature_group_count": channels})
+    own = {"feature_group_count": channels, "conv_general_dilated": shifted.conv}
+    return conv(channels, size, stride, **{"kernel_init": depthwise_init, **kwargs, **own})
 
 
 class SqueezeExcite(nn.Module):
