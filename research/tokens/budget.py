@@ -64,9 +64,9 @@ def macs(model: ViT) -> Macs:
 
     Raises:
       ValueError: a network whose norms or poolings the measure was not checked on (layer scale, `pre_norm`, pooling
-        `avg`), or a reduction that does not fit it.
+        `avg`, kinds of ViT such as LV-ViT, for which see `policy_macs`), or a reduction that does not fit it.
     """
-    if model.init_values is not None or model.pre_norm or model.global_pool != "token":
+    if type(model) is not ViT or model.init_values is not None or model.pre_norm or model.global_pool != "token":
         raise ValueError("multiply-adds are known in closed form for plain ViT and DeiT, classified by their tokens")
     reduce, counts, width = _bound(model), tokens(model), model.embed_dim
     rows, columns = _sides(model.patch_size)

@@ -101,3 +101,5 @@ def test_solver_spends_the_budget():
 def test_networks_outside_of_the_measure_are_refused():
     with pytest.raises(ValueError, match="closed form for plain ViT"):
         budget.macs(vit.build(**SMALL, init_values=1e-6))
+    with pytest.raises(ValueError, match="closed form for plain ViT"):
+        budget.macs(backbones.create("lvvit_t"))
