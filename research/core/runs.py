@@ -98,12 +98,16 @@ class Run:
         return own if isinstance(own, dict) else {}
 
     def _named_arms(self) -> set[str]:
-        """The names that stand for a network in a metric's name: the config's students, else whatever has a metric."""
+        """The names that stand for a network in a metric's name: the config's students, else whatever has a metric.
+
+        A further form of a student, such as the merged one that deep training scores, is named `<student>_<form>`.
+        """
+        parts = [name.split("/") for row in self.rows for name in row if name.startswith("eval/")]
+        scored = {p[1] for p in parts if len(p) >= 3 and not p[1].startswith("ema")}
         students = self.config.get("students")
         if isinstance(students, dict) and students:
-            return {*students, TEACHER}
-        parts = [name.split("/") for row in self.rows for name in row if name.startswith("eval/")]
-        return {p[1] for p in parts if len(p) >= 3 and not p[1].startswith("ema")}
+            return {*students, TEACHER} | {name for name in scored if name.startswith(tuple(f"{s}_" for s in students))}
+        return scored
 
 
 def _split(name: str, arms: set[str]) -> tuple[str, str, str] | None:

@@ -281,6 +281,19 @@ def test_a_teacher_that_is_trained_is_an_arm(tmp_path):
     assert "98.00 % over one seed" in text.headline(summary)
 
 
+def test_a_further_form_of_an_arm_is_a_row_with_the_options_of_that_arm(tmp_path):
+    for seed in range(2):
+        write(tmp_path / f"seed={seed}", seed=seed, top1={"deep": 0.5 + seed / 10})
+        file = tmp_path / f"seed={seed}" / "metrics.jsonl"
+        form = {"step": 30, "time": 130.0, "kind": "eval", "eval/deep_deploy/top1": 0.5 + seed / 10}
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [row | form if (row["kind"], row["step"]) == ("eval", 30) else row for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = summaries.collect([tmp_path])
+    assert [found.label for found in summary.compared] == ["deep", "deep_deploy"] and summary.differing() == []
+    assert arm(summary, "deep_deploy").values("top1") == arm(summary, "deep").values("top1") == {0: 0.5, 1: 0.6}
+
+
 def test_folders_are_in_natural_order(tmp_path):
     for seed in (0, 10, 2):
         write(tmp_path / f"seed={seed}", seed=seed, top1={"kd": 0.5})

@@ -54,7 +54,10 @@ class Arm:
 
     def _own(self, config: Mapping[str, Any]) -> dict[str, Any]:
         students = config.get("students")
-        return students.get(self.inner, {}) if isinstance(students, dict) else {}
+        if not isinstance(students, dict):
+            return {}
+        forms = (own for name, own in students.items() if self.inner.startswith(f"{name}_"))
+        return students.get(self.inner) or next(forms, {})
 
 
 @dataclasses.dataclass(frozen=True)
