@@ -101,7 +101,7 @@ def student(model: str, **changes) -> ConfigDict:
     s.model = model
     s.dtype = "float32"  # of the computation; parameters stay float32
     s.options = ConfigDict()  # of the model's constructor
-    s.weights = ""  # official or own checkpoint to start from
+    s.weights = ""  # official or own checkpoint to start from; "teacher": the teacher's, of the same network
     s.label_loss = "bce"  # or ce
     s.label_weight = 1.0
     s.smoothing = 0.0

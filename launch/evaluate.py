@@ -3,6 +3,8 @@
     python -m launch.evaluate --run runs/small                        every arm of a run, from its newest checkpoint
     python -m launch.evaluate --model resnet50 --weights resnet50.safetensors --data /data/imagenet --split val
     python -m launch.evaluate --model resnet50 --weights resnet50.safetensors --data digits --split test --protocol knn
+    python -m launch.evaluate --model deit_small_patch16_224 --weights deit.pth --data /data/imagenet --split val \\
+        --reduce ppt:r=50,blocks=3+6+9,threshold=7e-5             off the shelf with fewer tokens, see research.tokens
 
 The first form uses the run's own config and data (`--config.data.path=…` replaces it); the others any checkpoint, ours
 or official, with the image size, crop and normalisation that the model states for itself. Prints a table, or with
@@ -20,11 +22,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from launch import evaluate_probe, train
-from research import backbones
+from research import backbones, tokens
 from research.backbones import classify
 from research.core import config as configs
 from research.core import loop, overrides, storage
@@ -55,20 +58,32 @@ OF_MODELS = {
 }
 
 
-def run_config(folder: storage.Path, changes: list[str]):
-    """The config of a run folder, with changes applied."""
+def reduced(model: str, text: str | None) -> dict:
+    """The constructor's options that make a model's tokens fewer as `--reduce` says; none without it."""
+    if not text:
+        return {}
+    if not hasattr(backbones.create(model), "reduce"):
+        raise UserError(f"--reduce: {model} has no tokens to reduce; vit_*, deit* and lvvit_* have")
+    return {"reduce": tokens.parse(text)}
+
+
+def run_config(folder: storage.Path, changes: list[str], reduce: str | None = None):
+    """The config of a run folder, with changes applied, and `reduce` to all of its students."""
     file = folder / configs.FILE
     if not file.exists():
         raise UserError(f"{folder}: no run here ({configs.FILE} is missing)")
     config = overrides.thaw(configs.from_json(file.read_text()).unlock())
     for change in changes:
         overrides.apply(config, change)
+    for student in config.get("students", {}).values():
+        for key, value in reduced(student.model, reduce).items():
+            student.options[key] = ConfigDict(value)  # in place of one that it has, not merged with it
     return overrides.freeze(config)
 
 
-def run_metrics(folder: storage.Path, changes: list[str]) -> dict[str, float]:
+def run_metrics(folder: storage.Path, changes: list[str], reduce: str | None = None) -> dict[str, float]:
     """Evaluation metrics of the newest checkpoint of a run folder."""
-    config = run_config(folder, changes)
+    config = run_config(folder, changes, reduce)
     data = train.open_data(config)
     resolved = train.with_teacher(train.resolve(config, data), folder)
     bound = train.bind(train.build(resolved, data), resolved)
@@ -82,9 +97,11 @@ def run_metrics(folder: storage.Path, changes: list[str]) -> dict[str, float]:
     return loop.evaluate(bound, state, train.batches(resolved, data)[1]())
 
 
-def run_probe(folder: storage.Path, changes: list[str], asked: evaluate_probe.Options) -> dict[str, float]:
+def run_probe(
+    folder: storage.Path, changes: list[str], asked: evaluate_probe.Options, reduce: str | None = None
+) -> dict[str, float]:
     """Metrics of the features of every arm of a finished run, on its own splits without augmentation."""
-    config = run_config(folder, changes)
+    config = run_config(folder, changes, reduce)
     if not config.get("students"):
         raise UserError(f"{folder}: its config has no students: probe its weights with --model and --weights")
     data, found = train.open_data(config), {}
@@ -104,10 +121,12 @@ def run_probe(folder: storage.Path, changes: list[str], asked: evaluate_probe.Op
     return found
 
 
-def load(model: str, weights: str, num_classes: int, size: int, dtype: str) -> tuple[classify.Network, dict]:
-    """A network at its own image size, or at `size` where that is not 0, and its variables."""
+def load(
+    model: str, weights: str, num_classes: int, size: int, dtype: str, reduce: str | None = None
+) -> tuple[classify.Network, dict]:
+    """A network at its own image size, or at `size` where that is not 0, and its variables; see `reduced`."""
     size = size or backbones.input_spec(model).size
-    sized = {"img_size": size} if hasattr(backbones.create(model), "img_size") else {}
+    sized = reduced(model, reduce) | ({"img_size": size} if hasattr(backbones.create(model), "img_size") else {})
     variables = checkpoint.load_official(model, weights, num_classes=num_classes, image_size=size)
     return classify.network(model, num_classes, size, dtype=dtype, **sized), variables
 
@@ -134,14 +153,16 @@ def model_metrics(network: classify.Network, variables: dict, source: sources.So
 def model_probe(options: argparse.Namespace, asked: evaluate_probe.Options) -> dict[str, float]:
     """Metrics of the features of one network, learned from the training split and asked about the other."""
     parts = (options.train_split or "train", options.split)
-    bank, test = (sources.source(*_where(options.data), part) for part in parts)
+    bank, test = (sources.source(*place(options.data), part) for part in parts)
     evaluate_probe.check(bank, test, asked)
-    network, variables = load(options.model, options.weights, 0, options.size or 0, options.dtype or "float32")
+    asking = (options.size or 0, options.dtype or "float32", options.reduce)
+    network, variables = load(options.model, options.weights, 0, *asking)
     transform, batch_size = eval_transform(network), options.batch_size or BATCH_SIZE
     return evaluate_probe.measure(network, variables, bank, test, transform, batch_size, asked)
 
 
-def _where(data: str) -> tuple[str | None, str | None]:
+def place(data: str) -> tuple[str | None, str | None]:
+    """(kind, path) of the source that `--data` names."""
     return ("digits", None) if data == "digits" else (None, data)
 
 
@@ -173,6 +194,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--size", type=int, help="side of the images, if not the model's own")
     found.add_argument("--batch-size", type=int, help=f"images at a time, {BATCH_SIZE} by default")
     found.add_argument("--dtype", help="of the computation, float32 by default")
+    found.add_argument(
+        "--reduce", metavar="METHOD:KEY=VALUE,…", help="fewer tokens, e.g. tome:r=13 or evit:keep_rate=0.7"
+    )
     found.add_argument("--protocol", default="top1", metavar="NAME", help=f"{', '.join(PROTOCOLS)}; top1 by default")
     found.add_argument("--train-split", help="what a probe learns from, 'train' by default")
     found.add_argument("--endpoint", help="the features: 'pooled' by default; maps and tokens are averaged")
@@ -233,13 +257,14 @@ def main(argv: list[str]) -> int:
     check_options(options, changes)
     if options.protocol != "top1":
         asked = probe_options(options)
-        metrics = run_probe(options.run, changes, asked) if options.run else model_probe(options, asked)
+        run = lambda: run_probe(options.run, changes, asked, options.reduce)
+        metrics = run() if options.run else model_probe(options, asked)
     elif options.run:
-        metrics = run_metrics(options.run, changes)
+        metrics = run_metrics(options.run, changes, options.reduce)
     else:
-        source = sources.source(*_where(options.data), options.split)
+        source = sources.source(*place(options.data), options.split)
         dtype, batch_size = options.dtype or "float32", options.batch_size or BATCH_SIZE
-        loaded = load(options.model, options.weights, source.num_classes, options.size or 0, dtype)
+        loaded = load(options.model, options.weights, source.num_classes, options.size or 0, dtype, options.reduce)
         metrics = model_metrics(*loaded, source, batch_size)
     if options.json:
         print(json.dumps(metrics))

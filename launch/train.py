@@ -131,7 +131,10 @@ def batches(config: ConfigDict, data: Data) -> tuple[Callable[[int], Iterator], 
 
 
 def with_teacher(config: ConfigDict, workdir: storage.Path) -> ConfigDict:
-    """The config with the `weights` of every teacher set to where its recipe leaves them, if it has no others."""
+    """The config with the `weights` of every teacher set to where its recipe leaves them, if it has no others.
+
+    Students whose `weights` are "teacher" get the first teacher's, or none where it is a random one.
+    """
     if "teacher" not in config or config.teacher.get("labels"):
         return config
     config = config.copy_and_resolve_references().unlock()
@@ -142,6 +145,9 @@ def with_teacher(config: ConfigDict, workdir: storage.Path) -> ConfigDict:
                 raise UserError(f"{key}.weights: not set; give a checkpoint of {t.model}, or {key}.recipe to train one")
             t.workdir = t.workdir or str(workdir / name)
             t.weights = str(storage.folder(t.workdir) / WEIGHTS / "teacher.safetensors")
+    for student in config.get("students", {}).values():
+        if student.get("weights") == teachers.TEACHER and config.teacher.model:
+            student.weights = "" if config.teacher.weights == teachers.RANDOM else config.teacher.weights
     return config.lock()
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from research.backbones import Input, vit
+from research.layers import reduction
 from research.layers.dense import Dense
 from research.layers.drop import Dropout
 from research.layers.norm import BatchNorm, LayerNorm
@@ -88,13 +89,15 @@ class LVViT(vit.ViT):
         return logits + 0.5 * jnp.max(patches, axis=1), endpoints
 
 
-def build(*, skip_lam: float = 2.0, norm_eps: float = 1e-5, **arguments) -> LVViT:
+def build(*, skip_lam: float = 2.0, norm_eps: float = 1e-5, reduce=None, **arguments) -> LVViT:
     """The module; see `LVViT` for the arguments. `norm_eps` is that of the published network, 1e-5.
 
     Raises:
-      ValueError: a distillation token, no class token, another pooling, or patches of odd sides.
+      ValueError: a distillation token, no class token, another pooling, patches of odd sides, or values that describe
+        no reduction.
     """
-    model = LVViT(skip_lam=skip_lam, norm_eps=norm_eps * skip_lam**2, **arguments)
+    epsilon = norm_eps * skip_lam**2
+    model = LVViT(skip_lam=skip_lam, norm_eps=epsilon, reduce=reduction.build(reduce), **arguments)
     if model.distilled or not model.class_token or model.global_pool != "token":
         raise ValueError("LV-ViT classifies its class token: leave distilled, class_token and global_pool as they are")
     if any(side % 2 for side in pair(model.patch_size)):

@@ -5,12 +5,15 @@ Sources: Dosovitskiy et al. 2021 (arXiv 2010.11929), Steiner et al. 2021 (augreg
 2103.00020). Arguments and official names are timm's.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from research.backbones import HALF, Input
-from research.layers import drop
+from research.layers import drop, reduction
 from research.layers.drop import Dropout
 from research.layers.mlp import gelu, quick_gelu
 from research.layers.norm import LayerNorm, accumulation_dtype
@@ -43,8 +46,9 @@ class ViT(nn.Module):
         normalised afterwards).
       drop_path: largest rate of stochastic depth; drop_rate: dropout before the classifier.
       remat: see `research.layers.remat`.
-      reduce: makes the tokens fewer on their way, a value of `research.tokens.<method>.reduction(...)`. Parameters and
-        their names are those of the network without it, unless the method has some of its own.
+      reduce: makes the tokens fewer on their way, a value of `research.tokens.<method>.reduction(...)`; `build` also
+        takes the plain values that describe one (`research.layers.reduction.build`). Parameters and their names are
+        those of the network without it, unless the method has some of its own.
 
     Endpoints: `patch_embed` (without positions), `block01`.., `tokens` (all tokens, normalised where the pooling is
     `token`), `pooled`; with `distilled` also the logits `head` and `head_dist`. A distilled network's logits are the
@@ -166,14 +170,14 @@ class ViT(nn.Module):
         return jnp.concatenate([*tokens, x], axis=1) + positions
 
 
-def build(**arguments) -> ViT:
+def build(*, reduce: Reduction | Mapping[str, Any] | None = None, **arguments) -> ViT:
     """The module; see `ViT` for the arguments.
 
     Raises:
       ValueError: an unknown activation or pooling; a pooling that needs a class token the model has not; a distillation
-        token without the pooling by token.
+        token without the pooling by token; values that describe no reduction.
     """
-    model = ViT(**arguments)
+    model = ViT(reduce=reduction.build(reduce), **arguments)
     if model.act_layer not in ACTIVATIONS:
         raise ValueError(f"act_layer: {model.act_layer!r} is none of {', '.join(ACTIVATIONS)}")
     if model.global_pool not in ("token", "avg"):

@@ -5,6 +5,8 @@ A network with a field `reduce` calls a `Reduction` at four places of every bloc
 """
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -89,3 +91,29 @@ class Reduction:
     def after(self, tokens: Tokens, block: int, train: bool) -> Tokens:
         """After a block, in the scope of the network."""
         return tokens
+
+
+def build(spec: Reduction | Mapping[str, Any] | None) -> Reduction | None:
+    """The reduction that plain values describe, as configs hold them; a Reduction passes, and None, which is none.
+
+    Args:
+      spec: `method`, the import path of a module with a function `reduction`, such as `research.tokens.ppt`, and the
+        arguments of that function.
+    Raises:
+      ValueError: no such module, or arguments that its function does not take.
+    """
+    if spec is None or isinstance(spec, Reduction):
+        return spec
+    options = dict(spec)
+    method = options.pop("method", "")
+    try:
+        make = importlib.import_module(method).reduction
+    except (ModuleNotFoundError, AttributeError, ValueError) as error:
+        if isinstance(error, ModuleNotFoundError) and not method.startswith(error.name or "."):
+            raise
+        wanted = "the import path of a module with a function `reduction`, such as research.tokens.ppt"
+        raise ValueError(f"reduce.method: {method!r} is not {wanted}") from None
+    try:
+        return make(**options)
+    except TypeError as error:
+        raise ValueError(f"reduce: {method} does not take {options}: {error}") from error
