@@ -1,0 +1,37 @@
+"""The meaning of `token_attention`, in jnp: attention as everywhere, and what token reduction reads off it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from research.layers.attention import attend, class_row
+from research.layers.norm import accumulation_dtype
+from research.tokens.scores import head_mean
+
+
+class Parts(NamedTuple):
+    """What one pass over queries, keys and values gives.
+
+    Fields:
+      out: (B, H, N, D), in the dtype of the values.
+      keys: head-mean keys (B, N, D).
+      row: the first query's probabilities (B, H, N), or None.
+      squares: of each token, the sum of its values' squares over all heads (B, N), or None.
+
+    All but `out` are float32 or better.
+    """
+
+    out: jax.Array
+    keys: jax.Array
+    row: jax.Array | None = None
+    squares: jax.Array | None = None
+
+
+def token_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, row: bool) -> Parts:
+    """Queries, keys, values (B, H, N, D) and a bias that `attend` takes; `row` asks for the last two parts."""
+    parts = Parts(attend(q, k, v, bias), head_mean(k))
+    if not row:
+        return parts
+    squares = jnp.sum(jnp.square(v.astype(accumulation_dtype(v))), axis=(1, 3))
+    return parts._replace(row=class_row(q, k, bias), squares=squares)
