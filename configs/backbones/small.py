@@ -44,9 +44,9 @@ GHOST = (
 FAMILIES = {
     "vanillanet": Family(
         "vanillanet_6",
-        {"dims": (32, 64, 128, 256, 256), "strides": (1, 2, 2, 1), "act_num": 1},
+        {"dims": (32, 64, 128, 256, 256), "strides": (1, 2, 2, 1)},
         {"dims": (4, 4, 8, 8, 8)},
-        {"series": {}, "relu": {"act_num": 0}},
+        {"series": {"act_num": 1}, "relu": {"act_num": 0}},
         "series+relu",
         32,
         "research.distill.deep_training",
