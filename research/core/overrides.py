@@ -135,7 +135,7 @@ def apply(config: ConfigDict, override: str) -> None:
         node[last] = parse(name, text, None)  # keyword arguments: the constructor that takes them knows their names
         return
     place = _place(config, node, name, last)
-    kind = node.get_type(place) if isinstance(node, ConfigDict) else None
+    kind = _kind(node, place) if isinstance(node, ConfigDict) else None
     _put(node, place, parse(name, text, _entry(node, place), kind))
 
 
@@ -173,6 +173,14 @@ def _entry(node: ConfigDict | list, place: str | int) -> Any:
         return value.get() if isinstance(value, FieldReference) else value
     except config_dict.RequiredValueError:
         return None
+
+
+def _kind(node: ConfigDict, place: str) -> type:
+    """The type that a config holds for what is at `place`, also of a placeholder that still needs its value."""
+    try:
+        return node.get_type(place)
+    except config_dict.RequiredValueError:
+        return node.get_ref(place).get_type()
 
 
 def _put(node: ConfigDict | list, place: str | int, value: Any) -> None:

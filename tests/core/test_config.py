@@ -145,6 +145,17 @@ def test_a_wrong_file_is_a_clear_error(tmp_path, body, text):
         configs.load(str(path))
 
 
+def test_a_value_that_has_to_be_given_can_be(tmp_path):
+    path = tmp_path / "needs.py"
+    path.write_text(
+        "import ml_collections as m\nfrom ml_collections import config_dict as d\n"
+        "def get_config(arg): return m.ConfigDict({'a': {'f': d.required_placeholder(int)}})"
+    )
+    assert configs.load(str(path), ["--config.a.f=3"]).a.f == 3
+    with pytest.raises(UserError, match="expected a whole number"):
+        configs.load(str(path), ["--config.a.f=x"])
+
+
 def test_argument_options_are_typed_and_named():
     options = configs.parse_arg("smoke,res=64", smoke=False, res=224, name="a")
     assert (options.smoke, options.res, options.name) == (True, 64, "a")

@@ -1,0 +1,1 @@
+"""Token reduction: fine-tuning recipes, and methods compared at equal multiply-adds."""
