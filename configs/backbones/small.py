@@ -9,11 +9,11 @@ Data:       {train,test}/<class>/<n>.jpg of 32x32 pixels, 10 classes, in a zip o
 Published:  nothing of this size; research/backbones/README.md shows our tables
 
 Arms share data, order and augmentation. Those of `vanillanet` differ in their activation, series or ReLU alone; each
-trains twice the convolutions with the slope annealed over half of the epochs (--sweep.slope.decay_epochs=0,5 compares
-with linear ones from the start), and its merged form is scored as `<arm>_deploy`. The arms of `parameternet` have so
-many experts a convolution, `plain` none. Those of `bimlp` differ in their quantisers: `real` has neither, `ternary` is
-the official network, `sign` the paper's, and `activations` has ternary activations and real weights, the first step of
-two-step training.
+trains twice the convolutions with the slope annealed over half of the epochs (--sweep.slope.decay_epochs=5.0,0.0
+compares with linear ones from the start), and its merged form is scored as `<arm>_deploy`. The arms of `parameternet`
+have so many experts a convolution, `plain` none. Those of `bimlp` differ in their quantisers: `real` has neither,
+`ternary` is the official network, `sign` the paper's, and `activations` has ternary activations and real weights, the
+first step of two-step training.
 """
 
 from typing import NamedTuple

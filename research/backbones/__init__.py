@@ -11,12 +11,9 @@ A family module exposes
 and its modules are called as `logits, endpoints = model.apply(variables, images, train=False)` with NHWC images.
 """
 
-import difflib
-import functools
-import importlib
 from typing import NamedTuple
 
-from flax import linen as nn
+from research.core.catalogue import Catalogue
 
 FAMILIES = (
     "resnet",
@@ -54,31 +51,8 @@ class Input(NamedTuple):
     crop: float = 0.875
 
 
-@functools.cache
-def _table() -> dict[str, str]:
-    modules = {family: importlib.import_module(f"{__name__}.{family}") for family in FAMILIES}
-    return {variant: family for family, module in modules.items() for variant in module.VARIANTS}
-
-
-def variants() -> list[str]:
-    """All variant names, in family order."""
-    return list(_table())
-
-
-def family(name: str):
-    """The module that defines variant `name`; a ValueError names the nearest variant."""
-    table = _table()
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown model {name!r}{hint} (python -m research.backbones lists all)")
-    return importlib.import_module(f"{__name__}.{table[name]}")
-
-
-def create(name: str, **overrides) -> nn.Module:
-    """The Flax module of variant `name`, with constructor arguments overridden."""
-    module = family(name)
-    return module.build(**{**module.VARIANTS[name], **overrides})
+_CATALOGUE = Catalogue(__name__, FAMILIES, "model", "python -m research.backbones lists all")
+variants, family, create = _CATALOGUE.variants, _CATALOGUE.family, _CATALOGUE.create
 
 
 def input_spec(name: str) -> Input:

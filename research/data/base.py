@@ -16,6 +16,9 @@ class BadExample(ValueError):
 class Source:
     """A random-access collection of labelled images: example i is the same in every process and after every restart.
 
+    A source gives `image(index)`, encoded bytes or a uint8 (H, W, 1 or 3) array, which raises BadExample where it
+    cannot be read; or, where image and label are read together, a `__getitem__` of its own.
+
     Attributes:
       name: what messages call it.
       class_names: the classes in the order of their labels.
@@ -36,10 +39,6 @@ class Source:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def image(self, index: int) -> bytes | np.ndarray:
-        """Encoded bytes or a uint8 (H, W, 1 or 3) array; raises BadExample where it cannot be read."""
-        raise NotImplementedError
 
     def __getitem__(self, index: int) -> dict:
         """`{'image': bytes or uint8 (H, W, C), 'label': int, 'index': int}`; raises IndexError, BadExample."""

@@ -7,6 +7,7 @@ noise (pixels that are erased) are two words, the seed of a generator that is de
 IEEE's, so images differ between machines only where Pillow, OpenCV or the C library's exp and log do.
 """
 
+import abc
 import functools
 import math
 import statistics
@@ -77,11 +78,12 @@ def _quantiles() -> np.ndarray:
     return np.array([-value for value in reversed(upper)] + upper) / 2**24
 
 
-class _Draws:
+class _Draws(abc.ABC):
     """The part of np.random.Generator that transforms use, on words that a subclass provides."""
 
+    @abc.abstractmethod
     def _words(self, kind: int, below: int, count: int, draw: Callable[[], Sequence[int]]) -> list[int]:
-        raise NotImplementedError
+        """`count` words of a kind: those that `draw` gives, or the next of a tape."""
 
     def random(self) -> float:
         return self._words(FRACTION, _ALL, 1, lambda: [self._rng.integers(0, _ALL)])[0] / _ALL

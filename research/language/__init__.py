@@ -12,42 +12,19 @@ A family module exposes
 and its modules are called as `logits, endpoints = model.apply(variables, tokens, ...)`.
 """
 
-import difflib
-import functools
 import importlib
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from research.core.catalogue import Catalogue
+
 FAMILIES = ("llama", "opt", "bert", "t5")
 
 
-@functools.cache
-def _table() -> dict[str, str]:
-    modules = {family: importlib.import_module(f"{__name__}.{family}") for family in FAMILIES}
-    return {variant: family for family, module in modules.items() for variant in module.VARIANTS}
-
-
-def variants() -> list[str]:
-    """All variant names, in family order."""
-    return list(_table())
-
-
-def family(name: str):
-    """The module that defines variant `name`; a ValueError names the nearest variant."""
-    table = _table()
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(table)}"
-        raise ValueError(f"unknown language model {name!r}{hint}")
-    return importlib.import_module(f"{__name__}.{table[name]}")
-
-
-def create(name: str, **overrides) -> nn.Module:
-    """The Flax module of variant `name`, with constructor arguments overridden."""
-    module = family(name)
-    return module.build(**{**module.VARIANTS[name], **overrides})
+_CATALOGUE = Catalogue(__name__, FAMILIES, "language model", "the README of research/language lists all")
+variants, family, create = _CATALOGUE.variants, _CATALOGUE.family, _CATALOGUE.create
 
 
 def family_of(model: nn.Module):

@@ -31,28 +31,19 @@ def lookup(table: nn.Embed, tokens: jax.Array) -> jax.Array:
 class CausalModel(nn.Module):
     """Causal language model: tokens (B, N) int -> logits (B, N, vocab_size) and endpoints.
 
-    A family gives `embed`, `layers`, `finish`, `head` and `empty_cache`. One layer on its own is
-    `block(model).apply({"params": params["layers_3"]}, x, shared)`, with `x` and `shared` from `embed`.
+    A family gives
+      embed(tokens, mask=None, cache=None): (state before the first layer (B, N, C), what all layers are given, `cache`
+        with the tokens noted);
+      layers: modules called as `layer(x, shared, cache, train)`, which give (state, (keys, values), routing or None);
+      finish(x): the last layer's state made ready for `head`;
+      head(x): logits of finished states;
+      empty_cache(batch, slots): a cache for `slots` tokens of `batch` texts.
+    One layer on its own is `block(model).apply({"params": params["layers_3"]}, x, shared)`, with `x` and `shared` from
+    `embed`.
 
     Endpoints: `hidden_0` (embeddings) to `hidden_L` (B, N, C), the state after each layer; `hidden`, the one the head
     sees; `cache`, where one was given.
     """
-
-    def embed(self, tokens: jax.Array, mask: jax.Array | None = None, cache: Cache | None = None):
-        """(state before the first layer, what all layers are given, `cache` with the tokens noted)."""
-        raise NotImplementedError
-
-    def finish(self, x: jax.Array) -> jax.Array:
-        """The last layer's state made ready for `head`."""
-        raise NotImplementedError
-
-    def head(self, x: jax.Array) -> jax.Array:
-        """Logits of finished states."""
-        raise NotImplementedError
-
-    def empty_cache(self, batch: int, slots: int) -> Cache:
-        """An empty cache for `slots` tokens of `batch` texts."""
-        raise NotImplementedError
 
     def __call__(
         self,

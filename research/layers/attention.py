@@ -11,6 +11,19 @@ from research.layers.dense import Dense
 from research.layers.norm import accumulation_dtype
 
 
+def attention_scores(
+    q: jax.Array, k: jax.Array, bias: jax.Array | None = None, scale: jax.Array | None = None
+) -> jax.Array:
+    """What the softmax of `attend` is taken of, (..., heads, M, N) in float32 or better; arguments as there."""
+    scores = (q if scale is not None else q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
+    scores = scores.astype(accumulation_dtype(scores))
+    if scale is not None:
+        scores = scores * _broadcast(scale, scores)
+    if bias is not None:
+        scores = scores + _broadcast(bias, scores)
+    return scores
+
+
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None, scale: jax.Array | None = None
 ) -> jax.Array:
@@ -26,12 +39,7 @@ def attend(
     Returns:
       (..., heads, M, D) in the dtype of `v`.
     """
-    scores = (q if scale is not None else q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
-    scores = scores.astype(accumulation_dtype(scores))
-    if scale is not None:
-        scores = scores * _broadcast(scale, scores)
-    if bias is not None:
-        scores = scores + _broadcast(bias, scores)
+    scores = attention_scores(q, k, bias, scale)
     weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     values = weights.astype(v.dtype) @ v
@@ -46,13 +54,7 @@ def class_row(q: jax.Array, k: jax.Array, bias: jax.Array | None = None, scale: 
     """
     q = q[..., :1, :]
     bias = bias if bias is None or bias.ndim < 2 or bias.shape[-2] == 1 else bias[..., :1, :]
-    scores = (q if scale is not None else q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
-    scores = scores.astype(accumulation_dtype(scores))
-    if scale is not None:
-        scores = scores * _broadcast(scale, scores)
-    if bias is not None:
-        scores = scores + _broadcast(bias, scores)
-    return jax.nn.softmax(scores, axis=-1)[..., 0, :]
+    return jax.nn.softmax(attention_scores(q, k, bias, scale), axis=-1)[..., 0, :]
 
 
 def _broadcast(values: jax.Array, scores: jax.Array) -> jax.Array:

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from research.layers.attention import attend
 from research.layers.norm import accumulation_dtype
 from research.layers.reduction import Reduction, Tokens
+from research.layers.token_scores import significance
 from research.tokens.moves import finite, follow, lost, rows
 from research.tokens.policies import behind
-from research.tokens.scores import significance
 
 
 class Sample(NamedTuple):

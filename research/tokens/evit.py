@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from research.layers.attention import attend
 from research.layers.reduction import Reduction, Tokens
+from research.layers.token_scores import class_attention
 from research.tokens.moves import Moves, finite, follow, lost, ranked, rows
-from research.tokens.scores import class_attention
 
 
 def kept(rate: float, patches: int) -> int:

@@ -6,6 +6,7 @@ Source: Rao et al. 2021 (DynamicViT, arXiv 2106.02034), equations 10-11; the smo
 import jax
 import jax.numpy as jnp
 
+from research.layers.attention import attention_scores
 from research.layers.norm import accumulation_dtype
 
 EPSILON = 1e-6
@@ -41,15 +42,9 @@ def attend(
     Args:
       q, k, v: (B, heads, N, D).
       policy: (B, N), 1 for tokens that are seen, 0 for others.
-      bias: added to the scores, broadcast to (B, heads, N, N).
-      scale: of the scores, in place of 1 / sqrt(D), a scalar or (heads, 1, 1).
+      bias, scale: as of `research.layers.attention.attend`.
     """
-    scores = (q if scale is not None else q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
-    scores = scores.astype(accumulation_dtype(scores))
-    if scale is not None:
-        scores = scores * jnp.asarray(scale, scores.dtype).reshape(1, -1, 1, 1)
-    if bias is not None:
-        scores = scores + bias.astype(scores.dtype).reshape(*[1] * (scores.ndim - bias.ndim), *bias.shape)
+    scores = attention_scores(q, k, bias, scale)
     masked, total = _masked(scores, policy)
     wide = v.astype(total.dtype)
     values = (masked.astype(v.dtype) @ v).astype(total.dtype)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from research.layers.attention import attend
 from research.layers.reduction import Reduction, Tokens
+from research.layers.token_scores import head_mean, proportional, significance
 from research.tokens import matching, tome
 from research.tokens.moves import Moves, choose, finite, follow, lost, merge, ranked, rows, still
-from research.tokens.scores import head_mean, proportional, significance
 
 POLICIES = ("adaptive", "prune", "pool", "reverse")
 FIRST = 2.0  # the score of the class token: above all others, whose sum is 1

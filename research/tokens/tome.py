@@ -11,9 +11,9 @@ import jax
 
 from research.layers.attention import attend
 from research.layers.reduction import Reduction, Tokens
+from research.layers.token_scores import head_mean, proportional
 from research.tokens import matching
 from research.tokens.moves import finite, follow, merge
-from research.tokens.scores import head_mean, proportional
 
 
 def schedule(depth: int, r: int | Sequence[int], inflect: float = 0.0) -> tuple[int, ...]:

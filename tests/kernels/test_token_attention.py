@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from research.core import sharding
 from research.kernels import token_attention as op
 from research.kernels.token_attention import Blocks, token_attention, tpu
+from research.layers import token_scores as scores
 from research.pods import chips
-from research.tokens import scores
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 TOLERANCE = {F32: 2e-6, BF16: 2e-2}

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FAMILIES = {
     "backbones": "configs/backbones/vanillanet.py:smoke",
     "distill": "configs/distill/vanilla_kd_r50_a2.py:smoke",
+    "tokens": "configs/tokens/ppt_deit_s.py:smoke",
 }
 TINY = ["--config", "tests/launch/tiny.py", "--config.eval.batch_size=16", "--train-only", "--json"]
 # 13.5 GiB of parameters and moments, before gradients; a v5e chip has 16.

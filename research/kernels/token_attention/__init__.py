@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from research.kernels.token_attention import reference, tpu
 from research.kernels.token_attention.reference import Parts
 from research.kernels.token_attention.tpu import Blocks
-from research.tokens.scores import proportional
+from research.layers.token_scores import proportional
 
 __all__ = ["FORMS", "Attended", "Blocks", "token_attention"]
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from research.layers.attention import attend, class_row
 from research.layers.norm import accumulation_dtype
-from research.tokens.scores import head_mean
+from research.layers.token_scores import head_mean
 
 
 class Parts(NamedTuple):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from research.backbones import vit
 from research.distill.ground_truth import cross_entropy
+from research.layers.token_scores import significance
 from research.port.checks import common
 from research.port.checks.transformers import arguments
 from research.port.names import from_official
 from research.port.verify import Golden
 from research.tokens import ats, dynamicvit, dynamicvit_losses, evo_vit, policies
 from research.tokens.moves import rows
-from research.tokens.scores import significance
 
 # Arguments that no forward pass here depends on: dropout and stochastic depth are off.
 NEUTRAL = ("attn_drop_rate", "distill", "momentum", "qk_scale", "representation_size", "hybrid_backbone")
