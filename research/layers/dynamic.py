@@ -8,12 +8,12 @@ M |W| multiply-adds an example, not M convolutions. Applying a kernel an example
 pixels (of their neighbourhoods, where the kernel is larger), or for depthwise kernels `layers.depthwise`. On a CPU
 (2 cores, float32, 8 examples, forward / with gradients), against a loop over the examples and a vmapped convolution:
 
-    layer                        this           loop over examples   vmap
-    1x1, 136 -> 128, 28x28       2.0 / 12 ms    7.9 / 24 ms          5.9 / 315 ms
-    1x1, 304 -> 912, 7x7         3.9 / 17 ms    7.0 / 34 ms          34 / 154 ms
-    3x3 stride 2, 3 -> 32, 224   35 / 67 ms     27 / 116 ms          94 / 1480 ms
-    depthwise 3x3, 128, 28x28    1.1 / 14 ms    79 / 224 ms          57 / 1104 ms
-    depthwise 3x3, 912, 7x7      0.7 / 7.6 ms   31 / 785 ms          41 / 2660 ms
+    layer                        this            loop over examples   vmap
+    1x1, 136 -> 128, 28x28       2.1 / 4.2 ms    2.7 / 8.8 ms         5.1 / 88 ms
+    1x1, 304 -> 912, 7x7         3.3 / 9.2 ms    2.9 / 8.7 ms         8.8 / 38 ms
+    3x3 stride 2, 3 -> 32, 224   5.5 / 11 ms     9.3 / 28 ms          30 / 296 ms
+    depthwise 3x3, 128, 28x28    0.9 / 5.9 ms    24 / 59 ms           25 / 240 ms
+    depthwise 3x3, 912, 7x7      0.4 / 4.8 ms    12 / 201 ms          12 / 1725 ms
 """
 
 import math
