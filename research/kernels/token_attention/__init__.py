@@ -1,7 +1,8 @@
 """Attention that also tells what token reduction asks for, without an array of all (B, H, N, N) probabilities.
 
-`reference.py` is the meaning and the form that XLA compiles, `tpu.py` the Pallas form for TPUs. Both give the same
-numbers but for rounding: on bfloat16 the Pallas form keeps scores in float32, XLA's rounds them once before.
+`reference.py` is the meaning and the form that XLA compiles, `tpu.py` and `gpu.py` the Pallas forms for TPUs and for
+Hopper. All give the same numbers but for rounding: on bfloat16 kernels keep scores in float32, XLA's form rounds them
+once before.
 """
 
 import functools
@@ -11,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from research.kernels.token_attention import reference, tpu
+from research.kernels.token_attention import gpu, reference, tpu
 from research.kernels.token_attention.reference import Parts
 from research.kernels.token_attention.tpu import Blocks
 from research.layers.token_scores import proportional
 
 __all__ = ["FORMS", "Attended", "Blocks", "token_attention"]
 
-FORMS = ("xla", "pallas", "interpret")
+FORMS = ("xla", "pallas", "mosaic_gpu", "interpret")
 DATA, HEADS = ("data", "fsdp"), "tensor"  # the axes of a mesh that split images and heads
 
 
@@ -50,7 +51,7 @@ def token_attention(
     *,
     class_row: bool = True,
     form: str | None = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks | gpu.Blocks | None = None,
     mesh: Mesh | None = None,
 ) -> Attended:
     """`softmax(q k^T / sqrt(D) + bias + log size) v`, and what token reduction reads off it.
@@ -61,11 +62,11 @@ def token_attention(
       bias: of scores, with trailing axes (H, N, N) of which any may be 1.
       class_row: whether the first query's row is wanted, and what follows from it.
       form: "xla" everywhere; "pallas", which is a kernel where the program is lowered for TPUs and XLA's form on all
-        other platforms; "interpret", that kernel on any platform, slowly, for tests. By default "pallas" where there
-        is a `mesh` and the kernel takes the operands, and "xla" otherwise: a kernel in a program that JAX partitions
-        by itself does not compile. No form has been timed on TPUs; what the choice rests on is in the README of
-        `research/kernels`.
-      blocks: the kernel's sizes in place of `tpu.blocks_for`.
+        other platforms; "interpret", that kernel on any platform, slowly, for tests; "mosaic_gpu", as "pallas" for
+        GPUs, which have to be Hopper's. By default "pallas" where there is a `mesh` and the kernel takes the operands,
+        and "xla" otherwise: a kernel in a program that JAX partitions by itself does not compile. No kernel has been
+        timed on hardware; what the choice rests on is in the README of `research/kernels`.
+      blocks: the kernel's sizes in place of `tpu.blocks_for`, or of `gpu.blocks_for` with "mosaic_gpu".
       mesh: runs through `shard_map` on it, also where it has one device: images split by `data` and `fsdp`, heads by
         `tensor`.
 
@@ -73,13 +74,14 @@ def token_attention(
     forward pass alone.
 
     Raises:
-      ValueError: shapes that do not fit, an unknown form; operands that a kernel asked for does not take: other dtypes
-        than float32 and bfloat16, a bias that depends on the query or head, more tokens than VMEM holds.
+      ValueError: shapes that do not fit, an unknown form; operands that a kernel asked for does not take: a bias that
+        depends on the query or head; for "pallas" other dtypes than float32 and bfloat16, more tokens than VMEM holds;
+        for "mosaic_gpu" other dtypes than bfloat16 and float16, heads of other than 16, 32, ... 128 channels.
     """
     _check(q, k, v, size, form)
     form = "xla" if form is None and mesh is None else form
     bias = proportional(None if bias is None else bias.reshape(*[1] * (4 - bias.ndim), *bias.shape), size)
-    call = functools.partial(_parts, row=class_row, form=form, blocks=tpu.blocks_for() if blocks is None else blocks)
+    call = functools.partial(_parts, row=class_row, form=form, blocks=blocks)
     parts = call(q, k, v, bias) if mesh is None else _sharded(call, mesh, q, k, v, bias, class_row)
     if not class_row:
         return Attended(parts.out, parts.keys, None, None)
@@ -97,8 +99,10 @@ def _check(q, k, v, size, form: str | None):
         raise ValueError(f"form: {form!r} is none of {', '.join(FORMS)}")
 
 
-def _parts(q, k, v, bias, *, row: bool, form: str | None, blocks: Blocks) -> Parts:
-    reason = None if form == "xla" else tpu.refusal(q, k, v, bias, blocks)
+def _parts(q, k, v, bias, *, row: bool, form: str | None, blocks: Blocks | gpu.Blocks | None) -> Parts:
+    chip = gpu if form == "mosaic_gpu" else tpu
+    blocks = chip.blocks_for() if blocks is None else blocks
+    reason = None if form == "xla" else chip.refusal(q, k, v, bias, blocks)
     if form == "xla" or (form is None and reason):
         return reference.token_attention(q, k, v, bias, row)
     if reason:
@@ -107,20 +111,21 @@ def _parts(q, k, v, bias, *, row: bool, form: str | None, blocks: Blocks) -> Par
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _kernel(q, k, v, bias, row: bool, form: str, blocks: Blocks) -> Parts:
-    kernel = functools.partial(tpu.token_attention, row=row, blocks=blocks, interpret=form == "interpret")
+def _kernel(q, k, v, bias, row: bool, form: str, blocks: Blocks | gpu.Blocks) -> Parts:
     if form == "interpret":
-        return kernel(q, k, v, bias)
+        return tpu.token_attention(q, k, v, bias, row, blocks, interpret=True)
+    platform, chip = ("cuda", gpu) if form == "mosaic_gpu" else ("tpu", tpu)
+    kernel = functools.partial(chip.token_attention, row=row, blocks=blocks)
     return jax.lax.platform_dependent(
-        q, k, v, bias, tpu=kernel, default=functools.partial(reference.token_attention, row=row)
+        q, k, v, bias, **{platform: kernel}, default=functools.partial(reference.token_attention, row=row)
     )
 
 
-def _forward(q, k, v, bias, row: bool, form: str, blocks: Blocks):
+def _forward(q, k, v, bias, row: bool, form: str, blocks: Blocks | gpu.Blocks):
     return _kernel(q, k, v, bias, row, form, blocks), (q, k, v, bias)
 
 
-def _backward(row: bool, form: str, blocks: Blocks, operands, cotangents):
+def _backward(row: bool, form: str, blocks: Blocks | gpu.Blocks, operands, cotangents):
     return jax.vjp(functools.partial(reference.token_attention, row=row), *operands)[1](cotangents)
 
 
