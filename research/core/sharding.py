@@ -69,6 +69,18 @@ def _laid_out(sizes: Sequence[int], devices: Sequence) -> np.ndarray:
     return np.array(ordered, dtype=object).reshape(sizes)
 
 
+def around(rows: int) -> jax.sharding.AbstractMesh | None:
+    """The mesh in whose context a function is traced, for ops that map a batch of so many rows over it themselves.
+
+    It comes from `jax.set_mesh`. None without one, inside of `shard_map` and `pmap`, and where it does not divide the
+    rows.
+    """
+    found = jax.sharding.get_abstract_mesh()
+    if found.empty or not set(AXES) <= set(found.axis_names) or set(found.axis_types) != {AxisType.Auto}:
+        return None
+    return None if rows % (found.shape["data"] * found.shape["fsdp"]) else found
+
+
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Splits the leading axis over all data-like axes."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

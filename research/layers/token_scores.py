@@ -26,20 +26,17 @@ def head_mean(k: jax.Array) -> jax.Array:
     return jnp.mean(k.astype(accumulation_dtype(k)), axis=1)
 
 
-def class_attention(q, k, bias=None, scale=None) -> jax.Array:
-    """(B, N - 1): the class token's attention to the others, mean over the heads; float32 or better.
-
-    Arguments are those of `attend`; the class token is at 0. Source: Liang et al. 2022 (EViT), section 3.2.
-    """
-    return jnp.mean(class_row(q, k, bias, scale), axis=1)[:, 1:]
-
-
 def significance(q, k, v, bias=None, scale=None) -> jax.Array:
     """(B, N - 1): the class token's attention to the others, summed over heads, times the norms of their values.
 
-    Normalised to a sum of 1 over the tokens; float32 or better. Arguments are those of `attend`.
-    Source: Fayyaz et al. 2022 (ATS, arXiv 2111.15667), equation 6, as PPT takes it too.
+    Normalised to a sum of 1 over the tokens; float32 or better. Arguments are those of `attend`; the class token is at
+    0. Source: Fayyaz et al. 2022 (ATS, arXiv 2111.15667), equation 6, as PPT takes it too.
     """
     row = jnp.sum(class_row(q, k, bias, scale), axis=1)
-    scores = (row * jnp.sqrt(jnp.sum(jnp.square(v.astype(row.dtype)), axis=(1, 3))))[:, 1:]
+    return shares(row * jnp.sqrt(jnp.sum(jnp.square(v.astype(row.dtype)), axis=(1, 3))))
+
+
+def shares(weighted: jax.Array) -> jax.Array:
+    """Scores of all tokens (B, N) -> those of all but the class token (B, N - 1), normalised to a sum of 1."""
+    scores = weighted[:, 1:]
     return scores / jnp.sum(scores, axis=1, keepdims=True)

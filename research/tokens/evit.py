@@ -11,40 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from research.core import sharding
+from research.kernels.token_select import token_select
 from research.layers.attention import attend
 from research.layers.reduction import Reduction, Tokens
-from research.layers.token_scores import class_attention
-from research.tokens.moves import Moves, finite, follow, lost, ranked, rows
+from research.tokens.attention import attended
+from research.tokens.moves import finite, follow
 
 
 def kept(rate: float, patches: int) -> int:
     """How many of `patches` go on: `ceil(rate * patches)`, in double precision as officially."""
     return math.ceil(rate * patches)
-
-
-def step(x: jax.Array, scores: jax.Array, keep: int, fuse: bool = True, protected: int = 1) -> tuple[jax.Array, Moves]:
-    """Keeps the `keep` patches with the highest scores, in descending order, and fuses the others.
-
-    The fused token is the sum of the dropped ones times their scores, not normalised (equation 5), and comes last.
-
-    Args:
-      x: tokens (B, N, C).
-      scores: (B, N - protected), the class token's attention to what follows the protected tokens. The fused token is
-        differentiable in it.
-      fuse: False loses the dropped patches.
-      protected: tokens in front that go on.
-    Returns:
-      tokens (B, protected + keep + fuse, C) and the moves, where the dropped ones join the token at the end.
-    """
-    order = ranked(scores)
-    first = jnp.broadcast_to(jnp.arange(protected, dtype=jnp.int32)[None], (x.shape[0], protected))
-    stay = jnp.concatenate([first, order[:, :keep] + protected], axis=1)
-    rest = jnp.sort(order[:, keep:], axis=1)
-    drop, tokens = rest + protected, rows(x, stay)
-    if not fuse:
-        return tokens, lost(stay, drop)
-    fused = jnp.einsum("bn,bnc->bc", rows(scores, rest), rows(x, drop).astype(scores.dtype)).astype(x.dtype)
-    return jnp.concatenate([tokens, fused[:, None]], axis=1), Moves(stay, drop, jnp.full_like(drop, stay.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,16 +62,18 @@ class EViT(Reduction):
         return patches + dropped * width * self.fuse if dropped else 0
 
     def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
-        y, patches = attend(q, k, v, bias, scale), tokens.x.shape[1] - self.protected
+        patches = tokens.x.shape[1] - self.protected
         if kept(self.rate(block), patches) == patches:
-            return y, None
-        return y, class_attention(q, k, bias, scale)[:, self.protected - 1 :]
+            return attend(q, k, v, bias, scale), None
+        seen = attended(q, k, v, None, bias, scale, class_row=True)
+        return seen.out, jnp.mean(seen.row, axis=1)[:, self.protected :]
 
     def reduce(self, tokens: Tokens, block: int, train: bool, seen: jax.Array | None) -> Tokens:
         if seen is None:
             return tokens
-        keep = kept(self.rate(block), seen.shape[1])
-        x, moves = step(tokens.x, finite("class attentions", seen), keep, self.fuse, self.protected)
+        scores, keep = finite("class attentions", seen), kept(self.rate(block), seen.shape[1])
+        mesh = sharding.around(len(seen))
+        x, _, moves = token_select(tokens.x, scores, keep, fuse=self.fuse, mesh=mesh)
         tokens = tokens._replace(x=x, origin=follow(tokens.origin, moves))
         return tokens.noted(block, scores=seen, **moves._asdict())
 

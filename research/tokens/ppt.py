@@ -11,11 +11,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from research.core import sharding
+from research.kernels.ppt_reduce import Reduced, ppt_reduce
+from research.kernels.ppt_reduce.reference import decided
+from research.kernels.token_matching import token_matching
+from research.kernels.token_select import token_select
 from research.layers.attention import attend
 from research.layers.reduction import Reduction, Tokens
-from research.layers.token_scores import head_mean, proportional, significance
-from research.tokens import matching, tome
-from research.tokens.moves import Moves, choose, finite, follow, lost, merge, ranked, rows, still
+from research.layers.token_scores import proportional, shares
+from research.tokens import tome
+from research.tokens.attention import attended
+from research.tokens.moves import finite, follow
 
 POLICIES = ("adaptive", "prune", "pool", "reverse")
 FIRST = 2.0  # the score of the class token: above all others, whose sum is 1
@@ -28,16 +34,6 @@ class Seen(NamedTuple):
     metric: jax.Array
 
 
-class Step(NamedTuple):
-    """Tokens (B, M, C) and sizes (B, M) after a step, its moves, variances (B,), and which images were pruned (B,)."""
-
-    x: jax.Array
-    size: jax.Array
-    moves: Moves
-    variance: jax.Array
-    pruned: jax.Array
-
-
 def step(
     x: jax.Array,
     size: jax.Array,
@@ -47,12 +43,11 @@ def step(
     policy: str = "adaptive",
     class_tokens: int = 1,
     distilled: bool = False,
-) -> Step:
-    """Removes r tokens of every image by the policy that its scores call for.
+) -> Reduced:
+    """Removes r tokens of every image by a policy, on the mesh of the program.
 
-    An image is pruned (the r lowest scores are lost, the rest is ordered by descending score) where the unbiased
-    variance of its scores is at least `threshold`, and pooled (`matching.bipartite`, means weighted by size) otherwise.
-    Both are one gather and one product with 0/1 rows, so the choice is data and not control flow.
+    `adaptive` is `research.kernels.ppt_reduce`, which prunes an image where the unbiased variance of its scores is at
+    least `threshold` and pools it otherwise.
 
     Args:
       x, size: tokens (B, N, C) and how many patches each stands for (B, N).
@@ -61,23 +56,17 @@ def step(
       distilled: whether the second token takes no part in pooling.
     """
     scores, metric = seen
-    variance = jnp.var(scores[:, class_tokens:], axis=1, ddof=1)
-    pruned = {
-        "adaptive": variance >= threshold,
-        "reverse": variance < threshold,
-        "prune": jnp.full(variance.shape, True),
-        "pool": jnp.full(variance.shape, False),
-    }[policy]
-    if r == 0:
-        return Step(x, size, still(*x.shape[:2]), variance, pruned)
-    if policy != "pool":
-        order = ranked(scores)
-        prune = lost(order[:, : x.shape[1] - r], order[:, x.shape[1] - r :])
-    if policy == "prune":
-        return Step(rows(x, prune.keep), rows(size, prune.keep), prune, variance, pruned)
-    pool = matching.bipartite(metric, r, class_token=True, distill_token=distilled)
-    moves = pool if policy == "pool" else choose(pruned, prune, pool)
-    return Step(*merge(x, moves, size), moves, variance, pruned)
+    mesh = sharding.around(len(x))
+    if policy in ("adaptive", "reverse"):
+        options = {"reverse": policy == "reverse", "class_tokens": class_tokens, "distilled": distilled, "mesh": mesh}
+        return ppt_reduce(x, size, scores, metric, r, threshold, **options)
+    if policy == "prune" and r:
+        x, size, moves = token_select(x, scores, x.shape[1] - r, size, mesh=mesh)
+    else:
+        options = {"class_token": True, "distill_token": distilled, "mesh": mesh}
+        x, size, moves = token_matching(x, metric, r, size, **options)
+    variance = decided(scores, class_tokens, threshold, False)[0]
+    return Reduced(x, size, moves, variance, jnp.full(variance.shape, policy == "prune"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,14 +113,13 @@ class PPT(Reduction):
         return tokens + 2 + tome.matching_macs(tokens, width, heads)
 
     def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
-        bias = proportional(bias, tokens.size if self.prop_attn else None)
-        y = attend(q, k, v, bias, scale)
+        size = tokens.size if self.prop_attn else None
         if block not in self.blocks:
-            return y, None
-        scores = significance(q, k, v, bias, scale)
-        protected = 2 if self.distilled and self.protect_distilled else 1
+            return attend(q, k, v, proportional(bias, size), scale), None
+        found = attended(q, k, v, size, bias, scale, class_row=True)
+        scores, protected = shares(found.weighted), 2 if self.distilled and self.protect_distilled else 1
         first = jnp.full((scores.shape[0], protected), FIRST, scores.dtype)
-        return y, Seen(jnp.concatenate([first, scores[:, protected - 1 :]], axis=1), head_mean(k))
+        return found.out, Seen(jnp.concatenate([first, scores[:, protected - 1 :]], axis=1), found.keys)
 
     def reduce(self, tokens: Tokens, block: int, train: bool, seen: Seen | None) -> Tokens:
         if seen is None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from research.layers.attention import attend
+from research.core import sharding
+from research.kernels.token_matching import token_matching
 from research.layers.reduction import Reduction, Tokens
-from research.layers.token_scores import head_mean, proportional
-from research.tokens import matching
-from research.tokens.moves import finite, follow, merge
+from research.tokens.attention import attended
+from research.tokens.moves import finite, follow
 
 
 def schedule(depth: int, r: int | Sequence[int], inflect: float = 0.0) -> tuple[int, ...]:
@@ -81,16 +81,23 @@ class ToMe(Reduction):
         return matching_macs(tokens, width, heads) if self.left(block, tokens) < tokens else 0
 
     def attend(self, tokens: Tokens, block: int, train: bool, q, k, v, bias, scale) -> tuple[jax.Array, Any]:
-        bias = proportional(bias, tokens.size if self.prop_attn else None)
-        return attend(q, k, v, bias, scale), head_mean(k) if self.r[block] else None
+        seen = attended(q, k, v, tokens.size if self.prop_attn else None, bias, scale, class_row=False)
+        return seen.out, seen.keys if self.r[block] else None
 
     def reduce(self, tokens: Tokens, block: int, train: bool, seen: Any) -> Tokens:
         if not self.r[block]:
             return tokens
-        moves = matching.bipartite(finite("keys", seen), self.r[block], self.class_token, self.distilled)
-        x, size = merge(tokens.x, moves, tokens.size)
-        tokens = tokens._replace(x=x, size=size, origin=follow(tokens.origin, moves))
-        return tokens.noted(block, size=size, **moves._asdict())
+        done = token_matching(
+            tokens.x,
+            finite("keys", seen),
+            self.r[block],
+            tokens.size,
+            class_token=self.class_token,
+            distill_token=self.distilled,
+            mesh=sharding.around(len(seen)),
+        )
+        tokens = tokens._replace(x=done.x, size=done.size, origin=follow(tokens.origin, done.moves))
+        return tokens.noted(block, size=done.size, **done.moves._asdict())
 
 
 def reduction(r: int | Sequence[int], inflect: float = 0.0, prop_attn: bool = True) -> ToMe:

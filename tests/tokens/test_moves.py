@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.tokens import evit, matching, moves, ppt
+from research.kernels.token_select import token_select
+from research.tokens import matching, moves, ppt
 
 BATCH, WIDTH = 2, 4
 
@@ -110,7 +111,7 @@ def every_step():
         "pool": ppt.step(x, size, seen, 3, 0.0, "pool").moves,
         "prune": ppt.step(x, size, seen, 3, 0.0, "prune").moves,
         "adaptive": ppt.step(x, size, seen, 3, float(jnp.mean(variance))).moves,
-        "fuse": evit.step(x, scores[:, 1:], 5)[1],
+        "fuse": token_select(x, scores[:, 1:], 5, fuse=True).moves,
         "distilled": matching.bipartite(seen.metric, 3, True, True),
         "kth": matching.kth_bipartite(x, 4),
     }
@@ -165,13 +166,13 @@ def test_prune_and_pool_are_chosen_by_image():
 
 def test_a_fused_token_is_the_weighted_sum_of_what_it_replaces():
     x, scores = draw(7), jnp.abs(jnp.asarray(draw(6, 1, 5)[..., 0]))
-    tokens, step = evit.step(x, scores, 4)
+    tokens, _, step = token_select(x, scores, 4, fuse=True)
     order = np.argsort(-np.asarray(scores), axis=1)
     for b in range(BATCH):
         np.testing.assert_array_equal(tokens[b, :5], x[b, [0, *(order[b, :4] + 1)]])
         rest = order[b, 4:]
         np.testing.assert_allclose(tokens[b, 5], np.asarray(scores)[b, rest] @ x[b, rest + 1], rtol=1e-5, atol=1e-6)
-    assert evit.step(x, scores, 4, fuse=False)[0].shape == (BATCH, 5, WIDTH) and step.into.tolist() == [[5, 5]] * BATCH
+    assert token_select(x, scores, 4).x.shape == (BATCH, 5, WIDTH) and step.into.tolist() == [[5, 5]] * BATCH
 
 
 def test_scores_that_are_not_numbers():
