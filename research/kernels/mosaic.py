@@ -173,7 +173,8 @@ def parts(x: jax.Array, pieces: int = 3) -> tuple[jax.Array, ...]:
 def merged(x: jax.Array, size: jax.Array, places: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Rows (N, C), sizes and places (1, N) -> means weighted with the sizes (count, C), and sizes (1, count).
 
-    Means are in the dtype of `x`. Of bfloat16 rows the products with the sizes are kept to 16 bits, which is all of them for sizes up to 256.
+    Means are in the dtype of `x`. Of bfloat16 the products with the sizes are kept to 16 bits, which is all of them
+    for sizes up to 256.
     """
     wide = x.astype(jnp.float32) * standing(size)
     total = joined(joins(places, count), wide, 2 if x.dtype == jnp.bfloat16 else 3)

@@ -53,9 +53,9 @@ def token_select(
     A kernel takes kept tokens and sizes as they are, to the bit.
 
     Raises:
-      ValueError: shapes that do not fit, more tokens kept than there are or none left, an unknown form; operands that a kernel
-        asked for does not take: tokens in other dtypes than float32 and bfloat16, scores or sizes in others than
-        float32, more tokens than VMEM holds.
+      ValueError: shapes that do not fit, more tokens kept than there are or none left, an unknown form; operands that
+        a kernel asked for does not take: tokens in other dtypes than float32 and bfloat16, scores or sizes in others
+        than float32, more tokens than VMEM holds.
     """
     batch, count = x.shape[:2]
     patches = scores.shape[-1]
