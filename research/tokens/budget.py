@@ -1,10 +1,12 @@
-"""Multiply-adds of a ViT whose tokens become fewer, in closed form, and the reduction that meets a budget.
+"""Multiply-adds of a ViT whose tokens become fewer, in closed form, and the reduction that meets a budget
+of them or a target of images a second.
 
 The measure is that of the published counts, torchprofile's: beside matrix products and convolutions it counts one for
 each output of a layer norm and of an elementwise product, as the scaling of attention scores. `research.core.cost`
 counts the products of a traced network alone.
 """
 
+import bisect
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
@@ -12,6 +14,7 @@ from research.backbones.vit import ViT
 from research.layers.reduction import Reduction
 
 Value = TypeVar("Value", int, float)
+NONE_FITS = "none of them fits the network"
 
 
 class Macs(NamedTuple):
@@ -97,16 +100,68 @@ def solve(model: ViT, budget: float, make: Callable[[Value], Reduction], values:
     Raises:
       ValueError: no value stays within the budget; the text says what the cheapest needs.
     """
-    found, cheapest = None, None
+    fitting = _fitting(model, make, values)
+    affordable = [entry for entry in fitting if entry[1].total <= budget]
+    if not affordable:
+        least = f"the cheapest needs {min(cost.total for _, cost in fitting):,}" if fitting else NONE_FITS
+        raise ValueError(f"no value meets a budget of {budget:,.0f} multiply-adds: {least}")
+    return max(affordable, key=lambda entry: entry[1].total)
+
+
+class Reached(NamedTuple):
+    """What `solve_throughput` found.
+
+    Fields:
+      value: of the reduction.
+      macs: multiply-adds of the network with it.
+      rates: images a second of every value that was timed, in the order in which they were.
+    """
+
+    value: int | float
+    macs: Macs
+    rates: dict[int | float, float]
+
+
+def solve_throughput(
+    model: ViT,
+    target: float,
+    make: Callable[[Value], Reduction],
+    values: Iterable[Value],
+    rate: Callable[[ViT], float],
+) -> Reached:
+    """The reduction that takes least from the network among those that reach a throughput, which `rate` measures.
+
+    By bisection, as fewer multiply-adds are taken to be faster: of n values at most log2(n) + 1 are timed, each of
+    which is a network to compile. Where times scatter, so does the value.
+
+    Args:
+      model, make, values: as of `solve`.
+      target: images a second, at least.
+      rate: network -> its images a second, on the device and at the batch size in question.
+    Raises:
+      ValueError: no value reaches the target; the text says what the fastest does.
+    """
+    by_work = {cost.total: (value, cost) for value, cost in reversed(_fitting(model, make, values))}
+    ordered = [by_work[total] for total in sorted(by_work, reverse=True)]
+    rates: dict[int | float, float] = {}
+
+    def reached(entry: tuple[Value, Macs]) -> bool:
+        rates[entry[0]] = rate(model.clone(reduce=make(entry[0])))
+        return rates[entry[0]] >= target
+
+    at = bisect.bisect_left(ordered, True, key=reached)
+    if at == len(ordered):
+        most = f"the fastest does {rates[ordered[-1][0]]:.4g}" if ordered else NONE_FITS
+        raise ValueError(f"no value reaches {target:.4g} images/s: {most}")
+    return Reached(*ordered[at], rates)
+
+
+def _fitting(model: ViT, make: Callable[[Value], Reduction], values: Iterable[Value]) -> list[tuple[Value, Macs]]:
+    """The values whose reductions fit the network, with its multiply-adds."""
+    found = []
     for value in values:
         try:
-            cost = macs(model.clone(reduce=make(value)))
+            found.append((value, macs(model.clone(reduce=make(value)))))
         except ValueError:
             continue
-        cheapest = cost.total if cheapest is None else min(cheapest, cost.total)
-        if cost.total <= budget and (found is None or cost.total > found[1].total):
-            found = value, cost
-    if found is None:
-        least = "none of them fits the network" if cheapest is None else f"the cheapest needs {cheapest:,}"
-        raise ValueError(f"no value meets a budget of {budget:,.0f} multiply-adds: {least}")
     return found

@@ -1,4 +1,4 @@
-"""Multiply-adds against the published counts and against those of the traced network; the solver."""
+"""Multiply-adds against the published counts and against those of the traced network; the solvers."""
 
 import json
 
@@ -96,6 +96,50 @@ def test_solver_spends_the_budget():
         budget.solve(model, 1e6, tome.reduction, range(17))
     with pytest.raises(ValueError, match="none of them fits"):
         budget.solve(model, 1e12, ppt.reduction, [500])
+
+
+def timed(speed=4.6e9 * 100):
+    """A device that does `speed` multiply-adds a second, and a list of the networks it was asked for."""
+    asked = []
+
+    def rate(model):
+        asked.append(model)
+        return speed / budget.macs(model).total
+
+    return rate, asked
+
+
+@pytest.mark.parametrize(
+    "make, values",
+    [(ppt.reduction, range(197)), (tome.reduction, range(30)), (evit.reduction, [i / 100 for i in range(100, 0, -1)])],
+)
+def test_throughput_is_reached_with_the_least_reduction_and_few_compiles(make, values):
+    model = backbones.create("deit_small_patch16_224")
+    work = {value: cost.total for value, cost in budget._fitting(model, make, values)}
+    for target in (90, 120, 157, 170):
+        rate, asked = timed()
+        found = budget.solve_throughput(model, target, make, values, rate)
+        best = max(total for total in work.values() if 4.6e11 / total >= target)
+        assert work[found.value] == best == found.macs.total
+        assert found.rates[found.value] >= target
+        assert len(asked) == len(found.rates) <= len(work).bit_length()
+        assert all(network.reduce == make(value) for network, value in zip(asked, found.rates, strict=True))
+
+
+def test_equal_work_is_timed_once_and_the_first_of_it_taken():
+    """At half of the tokens more of them to remove changes nothing."""
+    model, (rate, asked) = vit.build(**SMALL), timed()
+    found = budget.solve_throughput(model, 1, lambda r: tome.reduction([r]), range(8, 17), rate)
+    assert found.value == 8 and len(asked) == 1
+
+
+def test_a_target_out_of_reach_says_what_can_be_reached():
+    model, (rate, asked) = backbones.create("deit_small_patch16_224"), timed(100 * 2_709_177_836)
+    with pytest.raises(ValueError, match=r"no value reaches 5000 images/s: the fastest does 100$"):
+        budget.solve_throughput(model, 5e3, tome.reduction, range(14), rate)
+    assert len(asked) == 3
+    with pytest.raises(ValueError, match="none of them fits the network"):
+        budget.solve_throughput(model, 1, ppt.reduction, [500], rate)
 
 
 def test_networks_outside_of_the_measure_are_refused():
