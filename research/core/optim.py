@@ -22,6 +22,7 @@ def optimizer(
     decay_anyway: Sequence[str] = (),
     clip: float = 0.0,
     lr_scale: Callable[[str], float] | Mapping | None = None,
+    groups: Sequence[tuple[str, float, int]] = (),
     momentum: float = 0.9,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -42,6 +43,9 @@ def optimizer(
       clip: largest global norm of the gradients; 0 leaves them.
       lr_scale: parameter path -> factor on its learning rate, such as `layer_decay` gives; or, as in a config, the
         arguments of `layer_decay` by name.
+      groups: (regular expression, factor on the learning rate, first step that moves them) of groups of parameters; the
+        first expression that finds a path counts. A group that rests, or has the factor 0, changes in no way, but the
+        optimiser's own statistics see its gradients. Parameters of no group are not concerned.
       momentum: of SGD.
       b1, b2, eps: decay rates and denominator's offset of AdamW (eps 1e-8) and LAMB (1e-6).
       max_grad_norm: of LAMB; 0 switches it off.
@@ -63,6 +67,7 @@ def optimizer(
         raise ValueError(f"unknown optimizer {name!r}: choose one of {', '.join(rules)}")
     factor = lr_scale if callable(lr_scale) or not lr_scale else layer_decay(**lr_scale)
     scale = _scale_by_path(factor) if factor else optax.identity()
+    scale = optax.chain(scale, _scale_by_group(groups)) if groups else scale
     return _any_promotion(optax.chain(_clip(clip), *rules[name](), scale, optax.scale_by_learning_rate(lr)))
 
 
@@ -144,6 +149,21 @@ def _scale_by_path(factor: Callable[[str], float]) -> optax.GradientTransformati
         return jax.tree_util.tree_map_with_path(lambda path, u: u * factor(path_name(path)), updates)
 
     return optax.stateless(update)
+
+
+def _scale_by_group(groups: Sequence[tuple[str, float, int]]) -> optax.GradientTransformation:
+    def scaled(name, update, count):
+        for pattern, factor, first in groups:
+            if re.search(pattern, name):
+                return update * jnp.where(count >= first, factor, 0.0).astype(update.dtype)
+        return update
+
+    def update(updates, state, params=None):
+        del params
+        found = jax.tree_util.tree_map_with_path(lambda path, u: scaled(path_name(path), u, state.count), updates)
+        return found, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
 def _any_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:

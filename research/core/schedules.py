@@ -19,6 +19,7 @@ def schedule(
     warmup_prefix: bool = False,
     warmup_reaches: bool = False,
     per_step: bool = False,
+    behind: float = 0.0,
     min_lr: float = 0.0,
     decay_epochs: float = 30.0,
     milestones: Sequence[float] = (),
@@ -39,6 +40,8 @@ def schedule(
       warmup_reaches: False: the warm-up heads for `lr` at the first step after it. True, as in ConvNeXt's and
         VanillaNet's code (a `linspace`): its own last step (or epoch, without `per_step`) has `lr` already.
       per_step: False, as in timm: the rate is constant within an epoch. True: it changes with every step.
+      behind: epochs that the rate lags, standing still at first. It is 1 in DeiT's training loop and its descendants,
+        which ask timm's scheduler for the epoch that has just ended.
       min_lr: end of the cosine; the other decays stop there too.
     Raises:
       ValueError: an unknown name, a warm-up that does not fit into the run, "multistep" without milestones.
@@ -66,7 +69,7 @@ def schedule(
     def rate(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step)
         t = (step if per_step else step // steps_per_epoch).astype(float)
-        t = t / steps_per_epoch if per_step else t
+        t = jnp.maximum((t / steps_per_epoch if per_step else t) - behind, 0)
         return jnp.where(t < warmup_epochs, warmup_lr + slope * t, curve(t - shift))
 
     return rate

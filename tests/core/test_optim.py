@@ -156,3 +156,18 @@ def test_ema():
     assert found["w"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(found["w"].astype(jnp.float32), [1.5, 2.0])
     assert found["count"] == 4
+
+
+def test_groups_have_rates_and_starts_of_their_own():
+    groups = ((r"^block1/norm", 0.0, 0), (r"^block1/", 1.0, 0), (r"^(?!pos_embed)", 0.25, 2))
+    whole, grouped = (optim.optimizer("adamw", 0.1, weight_decay=0.1, groups=g) for g in ((), groups))
+    states, update = [whole.init(PARAMS), grouped.init(PARAMS)], (jax.jit(whole.update), jax.jit(grouped.update))
+    for step in range(4):
+        # The same parameters for both, so that what they decay is equal.
+        expected, states[0] = update[0](grads(step), states[0], PARAMS)
+        found, states[1] = update[1](grads(step), states[1], PARAMS)
+        factors = {"stem": 0.25 * (step >= 2), "pos_embed": 1.0}
+        factors = jax.tree.map(lambda _: 1.0, PARAMS) | factors
+        factors["stem"] = jax.tree.map(lambda _, f=factors["stem"]: f, PARAMS["stem"])
+        factors["block1"]["norm"]["scale"] = 0.0
+        close(found, jax.tree.map(lambda u, f: u * f, expected, factors))

@@ -29,6 +29,12 @@ def test_constant_within_an_epoch_as_timm():
     np.testing.assert_allclose(found[3:, 0], expected, rtol=1e-6)
 
 
+def test_a_rate_that_is_behind_stands_still_first():
+    options = dict(warmup_epochs=2, warmup_lr=0.1, min_lr=0.01)
+    found, late = rates("cosine", **options), rates("cosine", **options, behind=1.0)
+    np.testing.assert_array_equal(late, np.concatenate([found[:10], found[:-10]]))
+
+
 @pytest.mark.parametrize("warmup", [0, 2])
 def test_per_step_after_the_warmup_is_optaxs(warmup):
     found = rates("cosine", warmup_epochs=warmup, warmup_lr=0.1, min_lr=0.05, warmup_prefix=True, per_step=True)
