@@ -101,6 +101,7 @@ def student(model: str, **changes) -> ConfigDict:
     s.model = model
     s.dtype = "float32"  # of the computation; parameters stay float32
     s.options = ConfigDict()  # of the model's constructor
+    s.stages = ConfigDict()  # as `options`, of those that change: ((epoch until which it holds, value), ...)
     s.weights = ""  # official or own checkpoint to start from; "teacher": the teacher's, of the same network
     s.label_loss = "bce"  # or ce
     s.label_weight = 1.0

@@ -2,15 +2,17 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from research.backbones import classify
+from research.core import config as configs
 from research.core import optim, schedules, scope
 from research.distill import dot, hints, losses, teachers
 
@@ -102,10 +104,10 @@ def _hint(student, config, labels, networks, group) -> tuple[hints.Hint | None, 
             zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
             options |= zeros if student.hint == "srrl" else {name: zeros}
             inherit[name] = take
-    builder = losses.pick(losses.HINTS, student.hint)
+    builder = losses.hint(student.hint)
     if group and "group" in inspect.signature(builder).parameters:  # the others look at examples one by one
         options["group"] = group
-    return builder(**options), inherit
+    return hints.Hint(*builder(**options)), inherit
 
 
 def _values(student: Mapping) -> Callable[[jax.Array], dict]:
@@ -137,14 +139,16 @@ def _curve(name: str, points: Sequence[tuple[float, float]]) -> Callable[[jax.Ar
 def optimizer(config, student: Mapping):
     """(gradient transformation, schedule) of one arm: the config's sections with the arm's own values over them.
 
-    `name="dot"` is DOT: plain SGD with a momentum for each of two gradients, see `by_parts`; it takes `momentum`,
-    `delta` and `weight_decay`.
+    `groups` among the options count in epochs, not steps. `name="dot"` is DOT: plain SGD with a momentum for each of
+    two gradients, see `by_parts`; it takes `momentum`, `delta` and `weight_decay`.
 
     Raises:
       ValueError: an unknown name, DOT with clipping.
     """
     options = {**config.optimizer, **student.optimizer}
     extra, lr = dict(options.pop("options")), options.pop("lr")
+    if "groups" in extra:
+        extra["groups"] = [(*group, round(first * config.steps_per_epoch)) for *group, first in extra["groups"]]
     schedule = schedules.schedule(lr=lr, steps=config.steps, steps_per_epoch=config.steps_per_epoch, **config.schedule)
     if options["name"] == DOT:
         del options["name"]
@@ -174,6 +178,48 @@ def by_parts(config, optimizers: Mapping[str, optax.GradientTransformation]) -> 
 
     together = optim.by_name(optimizers)
     return optax.GradientTransformation(together.init, update)
+
+
+def stages(config) -> list[tuple[int, ConfigDict]]:
+    """(step before which it holds, config) of all stages of a resolved config but the last, which is that config.
+
+    A student's section `stages` mirrors its `options` where these change: leaves are ((epoch, value), ...), each value
+    that of the option until the epoch. From the last one on, and in every evaluation, `options` hold.
+
+    Raises:
+      ValueError: epochs that do not ascend, options that the student does not have.
+    """
+    changes: dict[tuple[str, ...], list[tuple[int, Any]]] = {}
+    for name, student in config.students.items():
+        for path, points in _leaves(student.get("stages", {})):  # not in runs of earlier versions
+            place, steps = ".".join(path), [round(epoch * config.steps_per_epoch) for epoch, _ in points]
+            if steps != sorted(set(steps)) or steps[0] < 1:
+                raise ValueError(f"students.{name}.stages.{place}: epochs have to ascend, by a step or more")
+            if place not in configs.flat(student.options):
+                raise ValueError(f"students.{name}.stages.{place}: there is no students.{name}.options.{place}")
+            changes[name, "options", *path] = [(step, value) for step, (_, value) in zip(steps, points, strict=True)]
+    ends = sorted({step for points in changes.values() for step, _ in points})
+    return [(end, _changed(config, changes, end)) for end in ends]
+
+
+def _leaves(tree: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Sequence]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping | ConfigDict):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
+def _changed(config, changes: Mapping[tuple[str, ...], Sequence[tuple[int, Any]]], end: int) -> ConfigDict:
+    """The config as it is before the step `end`, which is the end of a stage."""
+    found = config.copy_and_resolve_references().unlock()
+    for path, points in changes.items():
+        for value in [value for step, value in points if step >= end][:1]:
+            node = found.students
+            for part in path[:-1]:
+                node = node[part]
+            node[path[-1]] = value
+    return found.lock()
 
 
 def needs_parts(config) -> bool:

@@ -1,6 +1,7 @@
 """Losses by name, for configs and notebooks; each name is that of a function in the module beside it."""
 
 import difflib
+import importlib
 from collections.abc import Callable, Mapping
 
 from research.distill import (
@@ -94,3 +95,19 @@ def pick(table: Mapping[str, Callable], name: str) -> Callable:
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown loss {name!r}: {hint}there are {', '.join(table)}")
     return table[name]
+
+
+def hint(name: str) -> Callable[..., hints.Hint]:
+    """The builder `name` of HINTS; or the function `hint` of a module, by its import path, which returns the like.
+
+    Raises:
+      ValueError: neither.
+    """
+    if "." not in name:
+        return pick(HINTS, name)
+    try:
+        return importlib.import_module(name).hint
+    except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not name.startswith(error.name or "."):
+            raise
+        raise ValueError(f"hint: {name!r} is not the import path of a module with a function `hint`") from None

@@ -83,9 +83,11 @@ def combined(logits: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(jnp.asarray(len(logits), logits.dtype))
 
 
-def pretrained(section: Mapping, network: classify.Network, num_classes: int) -> tuple:
+def pretrained(section: Mapping, network: classify.Network, num_classes: int, *, new: bool = False) -> tuple:
     """(params, model_state) from the checkpoint that a teacher's or student's section names.
 
+    Args:
+      new: it may be of the network without its `reduce`; what that adds is then not among the parameters.
     Raises:
       ValueError: the checkpoint is of another network.
     """
@@ -95,10 +97,14 @@ def pretrained(section: Mapping, network: classify.Network, num_classes: int) ->
         variables = checkpoint.load_official(
             section.model, section.weights, num_classes=num_classes, image_size=network.size
         )
-    wanted = jax.eval_shape(lambda key: network.module.init(key, network.example()), jax.random.PRNGKey(0))
-    names = [{path for path, _ in sharding.paths(dict(tree))} for tree in (variables, wanted)]
-    if names[0] != names[1]:
-        wrong = sorted(names[0] ^ names[1])[0]
+    modules = [network.module]
+    if new and getattr(network.module, "reduce", None) is not None:
+        modules.append(network.module.clone(reduce=None))
+    names = lambda tree: {path for path, _ in sharding.paths(dict(tree))}
+    make = lambda module: jax.eval_shape(lambda key: module.init(key, network.example()), jax.random.PRNGKey(0))
+    found, wanted = names(variables), [names(make(module)) for module in modules]
+    if found not in wanted:
+        wrong = sorted(found ^ wanted[0])[0]
         raise ValueError(
             f"{section.weights} holds another network than {section.model}: {wrong} is in one of them only"
         )

@@ -22,6 +22,7 @@ from research.backbones import classify
 from research.core import cost, optim
 from research.core import experiment as engine
 from research.core import metrics as metrics_lib
+from research.core.staged import staged
 from research.data import mixup
 from research.distill import arms as arms_lib
 from research.distill import stored, teachers, text_targets
@@ -33,7 +34,8 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
     """The Experiment of a resolved config (`data.num_classes`, `data.num_examples`, `steps`, `steps_per_epoch` known).
 
     Metrics: `loss` (all arms), `<arm>/loss`, and of the evaluation `<arm>/top1`, `top5`, `loss`, `ece`, `agreement`
-    (with the teachers' class), the same of every teacher and, of several, of their mean, `teachers`.
+    (with the teachers' class), the same of every teacher and, of several, of their mean, `teachers`. Where options of a
+    student change on the way (`stages`), `stage` counts how often they did.
 
     Args:
       config: see configs.common and configs.distill.
@@ -41,8 +43,14 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
     Raises:
       UserError: `teacher.text` of other data.
       ValueError: a teacher without weights, a distillation loss without a teacher, unknown losses or models, two views
-        without `augment.strong` or with mixing.
+        without `augment.strong` or with mixing, stages that do not ascend or of options that are not there.
     """
+    earlier = [(end, _experiment(changed, labels)) for end, changed in arms_lib.stages(config)]
+    return staged(_experiment(config, labels), earlier)
+
+
+def _experiment(config, labels) -> engine.Experiment:
+    """`experiment` of students whose options stay."""
     networks, form, classes = teachers.networks(config), stored.form_of(config), config.data.num_classes
     arms = {name: arms_lib.arm(student, config, labels, networks) for name, student in config.students.items()}
     # Text rows stay on the host until `weights`: in `frozen` they are placed, and left out of checkpoints.
@@ -81,7 +89,7 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
             found["frozen"]["text"] = text._asdict()
         for name, student in config.students.items():
             if student.weights:
-                params, model_state = teachers.pretrained(student, arms[name].network, config.data.num_classes)
+                params, model_state = teachers.pretrained(student, arms[name].network, classes, new=True)
                 new = {"params": {name: {"model": params}}, "model_state": {name: {"model": model_state}}}
                 for part in (found, *(found.setdefault("ema", {}).setdefault(f"ema{d}", {}) for d in config.ema)):
                     for field, value in new.items():

@@ -1,12 +1,17 @@
 """What DynamicViT is trained with beside the labels: keep the asked share of patches, and stay close to the teacher.
 
 Source: Rao et al. 2021 (arXiv 2106.02034), equations 13-18, as in the official `DistillDiffPruningLoss_dynamic`.
+`hint` is what an arm of `research.distill.vanilla_kd` states as `hint='research.tokens.dynamicvit_losses'`, beside
+`label_loss='ce'`, a student with `reduce` of `research.tokens.dynamicvit`, and the dense network as teacher.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+
+from research.core import scope
 
 
 def _wide(*arrays: jax.Array) -> list[jax.Array]:
@@ -92,3 +97,57 @@ def total(
     }
     weights = {"label": label_weight, "ratio": ratio_weight, "distillation": distill_weight, "token": distill_weight}
     return sum(weights[name] * value for name, value in terms.items()), terms
+
+
+def hint(
+    *,
+    keep: float | Sequence[float] = 0.7,
+    ratio_weight: float = 2.0,
+    distill_weight: float = 0.5,
+    kind: str = "mse",
+    endpoint: str = "tokens",
+    group: int | None = None,
+) -> tuple[Callable, Callable]:
+    """All terms of `total` but the labels', as the (init, apply) of a `research.distill.hints.Hint` without parameters.
+
+    Args:
+      keep: as the student's reduction has it: a rate a stage, or r for r, r^2, r^3 ...
+      ratio_weight, distill_weight, kind: see `total`.
+      endpoint: of both networks, whose last N tokens are the patches: `tokens`, or `aux` for LV-ViT with `kind="kl"`.
+      group: examples whose kept patches `token` averages together, as a GPU had them; None: the global batch.
+    Raises:
+      ValueError: at the first use, a student without predictors, or with another number of them than rates.
+    """
+
+    def rates(stages: int) -> tuple[float, ...]:
+        found = tuple(keep ** (stage + 1) for stage in range(stages)) if isinstance(keep, float | int) else tuple(keep)
+        if not stages or len(found) != stages:
+            given = "keep=" + (f"{keep}" if isinstance(keep, float | int) else f"{len(found)} rates")
+            raise ValueError(
+                f"the student has {stages} predictors of DynamicViT and the loss {given}: set the student's"
+                " options.reduce.method='research.tokens.dynamicvit', and the loss's `keep` to that of the reduction"
+            )
+        return found
+
+    def init(key, student, teacher):
+        rates(len(_recorded(student, "log_probs")))
+        return {}, {}
+
+    def apply(params, state, student, teacher, *, labels=None, index=None, key=None, epoch=0):
+        decisions = _recorded(student, "decision")
+        wanted = rates(len(decisions))
+
+        def mean(student, teacher, decisions):
+            weights = dict(ratio_weight=ratio_weight, distill_weight=distill_weight, kind=kind)
+            return total(jnp.zeros(()), student, teacher, decisions, wanted, **weights)[0]
+
+        patches = decisions[-1].shape[1]
+        seen = [(found["logits"], found[endpoint][:, -patches:]) for found in (student, teacher)]
+        return scope.by_group(mean, group, *seen, decisions), state
+
+    return init, apply
+
+
+def _recorded(endpoints: Mapping[str, jax.Array], name: str) -> list[jax.Array]:
+    """What the predictors recorded under `blockNN_<name>`, in order."""
+    return [endpoints[key] for key in sorted(endpoints) if re.fullmatch(rf"block\d+_{name}", key)]

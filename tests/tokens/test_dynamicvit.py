@@ -189,6 +189,41 @@ def test_losses():
         dynamicvit_losses.token(student, teacher, mask, "l1")
 
 
+def test_the_hint_is_every_term_but_the_labels_in_groups_of_examples():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    student, teacher = ({"logits": draw(4, 5), "tokens": draw(4, 8, 3)} for _ in range(2))
+    # Unequal numbers of kept patches: the mean over a group is not that over the batch.
+    student |= {"block03_decision": (np.arange(28) % 5 > 1).reshape(4, 7).astype(np.float32)}
+    student |= {
+        "block07_decision": np.tril(student["block03_decision"], 2),
+        "block03_log_probs": 0,
+        "block07_log_probs": 0,
+    }
+
+    def total(rows):
+        seen = [(found["logits"][rows], found["tokens"][rows, 1:]) for found in (student, teacher)]
+        decisions = [student[f"block{block}_decision"][rows] for block in ("03", "07")]
+        return dynamicvit_losses.total(jnp.zeros(()), *seen, decisions, (0.7, 0.49), ratio_weight=5.0)[0]
+
+    @jax.jit
+    def found():
+        whole, halved = (dynamicvit_losses.hint(ratio_weight=5.0, group=group)[1] for group in (None, 2))
+        halves = total(slice(2)), total(slice(2, 4))
+        return whole({}, {}, student, teacher)[0], total(slice(4)), halved({}, {}, student, teacher)[0], sum(halves) / 2
+
+    whole, expected, halved, mean = found()
+    np.testing.assert_allclose((whole, halved), (expected, mean), rtol=1e-5)
+    assert abs(float(whole) - float(halved)) > 1e-3
+    assert dynamicvit_losses.hint()[0](None, student, teacher) == ({}, {})
+    for options, endpoints, message in (
+        ({}, teacher, "the student has 0 predictors of DynamicViT and the loss keep=0.7"),
+        ({"keep": (0.5,)}, student, "has 2 predictors of DynamicViT and the loss keep=1 rates"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dynamicvit_losses.hint(**options)[0](None, endpoints, teacher)
+
+
 def test_official_names(variables):
     state = names.to_official(variables, (*dynamicvit.NAMES, *vit.NAMES["official"]))
     assert state["score_predictor.1.out_conv.4.weight"].shape == (2, 4)
