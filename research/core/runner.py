@@ -114,13 +114,24 @@ def _jit(experiment: Experiment, mesh: jax.sharding.Mesh, rules: Sequence) -> Ru
     return Runner(
         init=_start(experiment, placed),
         put=put,
-        train_step=jax.jit(experiment.train_step, donate_argnums=0, out_shardings=(placed, whole)),
-        eval_step=jax.jit(experiment.eval_step, out_shardings=whole),
+        train_step=jax.jit(_within(mesh, experiment.train_step), donate_argnums=0, out_shardings=(placed, whole)),
+        eval_step=jax.jit(_within(mesh, experiment.eval_step), out_shardings=whole),
         canonical=lambda state: state,
         place=lambda state: state,
         shapes=sharding.placed_shapes(shapes, placed),
         devices=devices,
     )
+
+
+def _within(mesh: jax.sharding.Mesh, function: Callable) -> Callable:
+    """`function` traced in the context of the mesh, for ops that look for one (`sharding.around`)."""
+
+    @functools.wraps(function)
+    def traced(state, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(state, batch)
+
+    return traced
 
 
 def _pmap(experiment: Experiment, devices: list) -> Runner:

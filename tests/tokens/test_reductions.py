@@ -1,15 +1,17 @@
 """PPT, ToMe and EViT in the ViT: what the golden files do not show."""
 
+import contextlib
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from research.backbones import vit
+from research.core import sharding
 from research.tokens import evit, moves, ppt, tome
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -42,13 +44,16 @@ def middle(variables, images):
     return dataclasses.replace(METHODS["ppt"], threshold=float(jnp.median(variances)))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_eight_devices_agree_with_one_and_tokens_are_accounted_for(method, variables, images, middle):
+@pytest.mark.parametrize("method, context", [("ppt", False), *((method, True) for method in METHODS)])
+def test_eight_devices_agree_with_one_and_tokens_are_accounted_for(method, context, variables, images, middle):
+    """Partitioned by XLA, and in the context of the mesh, over which the ops then map themselves."""
     reduce = middle if method == "ppt" else METHODS[method]
     apply = jax.jit(vit.build(**SMALL, reduce=reduce).apply)
     logits, endpoints = apply(variables, images)
-    data = NamedSharding(Mesh(np.asarray(jax.devices()), ("data",)), PartitionSpec("data"))
-    sharded, taps = apply(variables, jax.device_put(images, data))
+    mesh = sharding.mesh({"data": 4, "fsdp": 2})
+    data = sharding.batch_sharding(mesh)
+    with jax.set_mesh(mesh) if context else contextlib.nullcontext():
+        sharded, taps = apply(variables, jax.device_put(images, data))
     assert sharded.sharding.is_equivalent_to(data, 2)
     np.testing.assert_allclose(sharded, logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(taps["origin"], endpoints["origin"])
@@ -66,6 +71,25 @@ def test_eight_devices_agree_with_one_and_tokens_are_accounted_for(method, varia
     if method == "tome":
         np.testing.assert_array_equal(endpoints["size"], sizes)
     assert bool(jnp.all(endpoints["origin"][:, 0] == 0))
+
+
+KERNELS = {
+    "ppt": {"ppt_reduce", "token_attention"},
+    "tome": {"token_matching", "token_attention"},
+    "evit": {"token_select", "token_attention"},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_kernels_run_on_tpus_in_the_context_of_a_mesh(method, variables, images):
+    traced = lambda: jax.jit(vit.build(**SMALL, reduce=METHODS[method]).apply).trace(variables, images)
+    kernels = lambda text: set(re.findall(r'kernel_name = "(\w+)"', text))
+    text = lambda: traced().lower(lowering_platforms=("tpu",)).as_text()
+    assert not kernels(text())
+    with jax.set_mesh(sharding.mesh({"data": 4, "fsdp": 2})):
+        assert kernels(text()) == KERNELS[method]
+    with jax.set_mesh(sharding.mesh({"data": 4, "tensor": 2})):  # three heads do not divide
+        assert kernels(text()) == KERNELS[method] - {"token_attention"}
 
 
 @pytest.mark.parametrize("method", METHODS)
