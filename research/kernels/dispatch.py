@@ -27,7 +27,14 @@ class Op(NamedTuple):
 
 
 def run(op: Op, operands: tuple, form: str | None, mesh: Mesh | None) -> tuple[Any, Any]:
-    """(plan, arrays) of the operands by one of `FORMS`, or by default "pallas" where there is a mesh and no refusal.
+    """(plan, arrays) of the operands.
+
+    Args:
+      form: "xla" everywhere; "pallas", which is the kernel where the program is lowered for TPUs and XLA's form on all
+        other platforms; "interpret", the kernel on any platform, slowly, for tests. By default "pallas" where there is
+        a mesh and no refusal, and "xla" otherwise: a kernel in a program that JAX partitions by itself does not
+        compile. What the choice rests on is in the README of `research/kernels`.
+      mesh: maps the op over it, also where it has one device: images split by `data` and `fsdp`.
 
     Gradients of a kernel are those of `apply` by the plan that the kernel made.
 

@@ -22,11 +22,14 @@ from research.layers import token_moves
 from research.pods import chips
 
 F32, BF16 = jnp.float32, jnp.bfloat16
-WIDTH, KEY = 12, 8
+WIDTH, KEY = 12, 16
 
 
 class Drawn(NamedTuple):
-    """Tokens, scores with ties and the class token's above all, sizes, keys of which some are alike."""
+    """Tokens, scores with ties and the class token's above all, sizes, keys.
+
+    Those of few tokens are signs, whose cosines are exact in any order of summation and often equal.
+    """
 
     x: jax.Array
     scores: jax.Array
@@ -39,7 +42,7 @@ def draw(tokens, dtype=F32, batch=2, width=WIDTH, seed=0) -> Drawn:
     scores = rng.integers(0, max(tokens // 3, 2), (batch, tokens)) / 8.0
     scores[:, 0] = 2 * tokens
     metric = rng.normal(size=(batch, tokens, KEY))
-    metric[:, tokens // 2 :] = metric[:, : tokens - tokens // 2]
+    metric = metric if tokens > 100 else np.sign(metric)
     scores[0] /= 4  # of a smaller variance
     scores[0, 0] = 2 * tokens
     arrays = rng.normal(size=(batch, tokens, width)), scores, rng.integers(1, 5, (batch, tokens)), metric

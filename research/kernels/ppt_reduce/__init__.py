@@ -60,7 +60,7 @@ def ppt_reduce(
       reverse: prunes where that pools.
       class_tokens: how many of the first scores are set and no part of the variance.
       distilled: whether the second token takes no part in pooling.
-      form, mesh: as of `research.kernels.token_attention`.
+      form, mesh: see `research.kernels.dispatch.run`.
       blocks: the kernel's sizes in place of `tpu.blocks_for`.
 
     Raises:

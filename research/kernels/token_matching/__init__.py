@@ -47,7 +47,7 @@ def token_matching(
       r: tokens to remove; at most half of those that are not protected are.
       size: how many tokens each stands for (B, N), by which means are weighted; all one by default.
       class_token, distill_token: whether tokens 0 and 1 are such and take no part.
-      form, mesh: as of `research.kernels.token_attention`.
+      form, mesh: see `research.kernels.dispatch.run`.
       blocks: the kernel's sizes in place of `tpu.blocks_for`.
 
     Raises:

@@ -47,7 +47,7 @@ def token_select(
       fuse: the others become one token, last: their sum weighted with their scores, not normalised (Liang et al. 2022,
         EViT, equation 5), its size the sum of theirs. Otherwise they are lost. In both cases `moves` lists them by
         position.
-      form, mesh: as of `research.kernels.token_attention`.
+      form, mesh: see `research.kernels.dispatch.run`.
       blocks: the kernel's sizes in place of `tpu.blocks_for`.
 
     A kernel takes kept tokens and sizes as they are, to the bit.
