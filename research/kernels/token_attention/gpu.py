@@ -159,7 +159,7 @@ def _kernel(q, k, v, bias, out, *row, scratch, steps: int, cast):
 
     def take(step, carried):
         total, top, mass = carried
-        stage = lax.rem(step, jnp.int32(stages))
+        stage = lax.rem(step, jnp.asarray(stages, step.dtype))
         plgpu.barrier_wait(ready.at[stage])
         score = _product(queries, keys.at[stage]) * dim**-0.5
         score += lax.broadcast_in_dim(cast(biases[stage], layout.reduce(0)), score.shape, (1,))
