@@ -6,7 +6,6 @@ exact in float32: `parts` splits a number into three of bfloat16, which a matrix
 and ranks are counted in float32, as sums are, exactly to 2^24.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ class Blocks(NamedTuple):
     """Sizes of a program.
 
     Fields:
-      images: most images of one program; it takes as many as divide the batch.
+      images: most images of one program; it takes as many as divide the batch and fit.
       vmem: bytes of VMEM that it may take. A core of v5p has 64 MiB, of v5e and v6e 128.
     """
 
@@ -54,11 +53,14 @@ def by_image(
     the tallest result and the tallest operand with the widest operand are what the cost is estimated by.
     """
     batch = operands[0].shape[0]
-    images = together(batch, blocks)
+    matrices = [x.shape[1:] for x in operands if x.ndim == 3]
+    moved = sum(tile(*x.shape[1:]) * x.dtype.itemsize for x in operands if x.ndim == 3)
+    moved += sum(tile(r.height, r.width) * r.dtype.itemsize for r in results)
+    fits = lambda images: not batch % images and vmem_bytes(matrices[0], moved, images) <= blocks.vmem
+    images = max(filter(fits, range(1, blocks.images + 1)), default=1)
     block = lambda height, width: pl.BlockSpec((images, height, width), lambda b: (b, 0, 0))
     scalars = pl.BlockSpec(memory_space=pltpu.SMEM)
-    matrices = [x.shape[1:] for x in operands if x.ndim == 3]
-    moved = sum(x.nbytes for x in operands) + batch * sum(r.height * r.width * r.dtype.itemsize for r in results)
+    accessed = sum(x.nbytes for x in operands) + batch * sum(r.height * r.width * r.dtype.itemsize for r in results)
     flops = 2 * batch * max(r.height for r in results) * max(h for h, _ in matrices) * max(w for _, w in matrices)
     return pl.pallas_call(
         kernel,
@@ -67,31 +69,30 @@ def by_image(
         in_specs=[block(*x.shape[1:]) if x.ndim == 3 else scalars for x in operands],
         out_specs=[block(r.height, r.width) for r in results],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=blocks.vmem),
-        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=moved),
+        cost_estimate=pl.CostEstimate(flops=flops, transcendentals=0, bytes_accessed=accessed),
         interpret=interpret,
         name=name,
     )(*operands)
 
 
-def together(batch: int, blocks: Blocks) -> int:
-    """Images of one program."""
-    return math.gcd(batch, blocks.images)
+def vmem_bytes(tokens: tuple[int, int], moved: int, images: int) -> int:
+    """Bytes of VMEM of a program of `images` images, whose operands and results take `moved` bytes each.
+
+    Those twice, as they are fetched for one program while another computes, and of one image's tokens (N, C) four
+    arrays of all channels and six of all pairs in float32.
+    """
+    return 2 * images * moved + 4 * (4 * tile(*tokens) + 6 * tile(tokens[0], tokens[0]))
 
 
 def refusal(x: jax.Array, others: Sequence[jax.Array], blocks: Blocks) -> str | None:
-    """Why no kernel takes tokens (B, N, C) with `others` (B, N, ...), numbers that say something of each token.
-
-    A program's VMEM is counted as operands and results twice, as they are fetched for one program while another
-    computes, and of one image four arrays of all channels and six of all pairs in float32.
-    """
+    """Why no kernel takes tokens (B, N, C) with `others` (B, N, ...), numbers that say something of each token."""
     if x.dtype not in DTYPES or any(other.dtype != jnp.float32 for other in others):
         told = ", ".join(str(other.dtype) for other in others)
         return f"it takes tokens in float32 or bfloat16 and the rest in float32, not {x.dtype} and {told}"
     _, count, width = x.shape
     moved = 2 * tile(count, width) * x.dtype.itemsize + 4 * 4 * tile(1, count)
     moved += sum(4 * tile(*((count, other.shape[2]) if other.ndim == 3 else (1, count))) for other in others)
-    needed = 2 * together(x.shape[0], blocks) * moved + 4 * (4 * tile(count, width) + 6 * tile(count, count))
-    if needed > blocks.vmem:
+    if (needed := vmem_bytes((count, width), moved, 1)) > blocks.vmem:
         return f"{count} tokens of {width} channels need {needed} bytes of VMEM of {blocks.vmem}"
     return None
 

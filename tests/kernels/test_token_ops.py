@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -231,6 +232,19 @@ def test_nothing_goes_where_nothing_is_asked_to(name):
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call(draw(9))
+
+
+def test_as_many_images_share_a_program_as_divide_the_batch_and_fit():
+    def images(batch, **options):
+        shapes = jax.eval_shape(lambda: draw(197, BF16, batch, width=384))
+        text = str(
+            jax.make_jaxpr(lambda *d: select(Drawn(*d), 50, form="interpret", blocks=Blocks(**options)))(*shapes)
+        )
+        return int(re.search(r"grid=\((\d+),\)", text)[1])
+
+    assert [images(8), images(6), images(7), images(8, images=8)] == [2, 2, 7, 1]
+    assert images(8, vmem=13 * 2**18) == 8
+    assert mosaic.refusal(jax.ShapeDtypeStruct((8, 577, 768), BF16), (), Blocks()) is None
 
 
 @pytest.mark.libtpu
