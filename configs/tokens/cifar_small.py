@@ -7,7 +7,7 @@ Command:    python -m launch.train --config configs/tokens/cifar_small.py:teache
               --workdir runs/tokens --config.data.path=cifar10.zip --config.teacher.workdir=runs/tokens_dense --report
             (T: thresholds as `calibrate` prints them; ":arms=" some of ARMS joined by "+"; ":keep=0.8" another share
             of the multiply-adds; ":shelf" scores the arms off the shelf, without fine-tuning; ":smoke")
-Hardware:   2 CPU cores; on ones that also did other work 26 minutes for the teacher, 30 for a seed of six arms
+Hardware:   2 CPU cores; on ones that also did other work 26 minutes for the teacher, 28 to 38 for a seed
 Data:       {train,test}/<class>/<n>.jpg of 32x32 pixels, 10 classes, in a zip or a folder
 Published:  nothing of this size; on ImageNet at about 3 G of 4.6 G: DeiT-S 79.8, PPT 79.8, ToMe 79.4, EViT 79.5
 
