@@ -23,7 +23,7 @@ quickstart: $(VENV)/.ready
 	$(RUN) -m launch.report runs/quickstart --output runs/quickstart/report.html --png runs/quickstart/report.png
 
 test: $(VENV)/.ready-test lint
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.ready-test
 	$(RUN) -m ruff check .

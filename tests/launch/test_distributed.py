@@ -22,7 +22,7 @@ RULES = "--config.parallel.rules=[['.*', 'fsdp']]"
 
 
 def start(workdir, *options, devices: int, **environment) -> subprocess.Popen:
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"  # the last counts
     env = os.environ | {"XLA_FLAGS": flags} | {name: str(value) for name, value in environment.items()}
     command = [sys.executable, "-m", "launch.train", "--config", CONFIG, "--workdir", str(workdir), *OPTIONS, RULES]
     return subprocess.Popen([*command, *options], env=env, stderr=subprocess.PIPE, text=True)
