@@ -53,6 +53,7 @@ OF_MODELS = {
     "split": "eval.split",
     "train_split": "data.split",
     "size": "eval.size",
+    "crop": "eval.crop",
     "batch_size": "eval.batch_size",
     "dtype": "students.NAME.dtype",
 }
@@ -131,13 +132,15 @@ def load(
     return classify.network(model, num_classes, size, dtype=dtype, **sized), variables
 
 
-def eval_transform(network: classify.Network) -> transforms.Eval:
-    """The transform at the network's size with the crop of its published weights."""
-    return transforms.build(train=False, size=network.size, crop=backbones.input_spec(network.name).crop)
+def eval_transform(network: classify.Network, crop: float | None = None) -> transforms.Eval:
+    """The transform at the network's size with a crop, by default that of its published weights."""
+    return transforms.build(train=False, size=network.size, crop=crop or backbones.input_spec(network.name).crop)
 
 
-def model_metrics(network: classify.Network, variables: dict, source: sources.Source, batch_size: int):
-    """top1, top5, loss and calibration error of one network on a source."""
+def model_metrics(
+    network: classify.Network, variables: dict, source: sources.Source, batch_size: int, crop: float | None = None
+):
+    """top1, top5, loss and calibration error of one network on a source; `crop` as of `eval_transform`."""
     variables = dict(variables)
     params, model_state = jax.device_put(variables.pop("params")), jax.device_put(variables)
 
@@ -146,7 +149,7 @@ def model_metrics(network: classify.Network, variables: dict, source: sources.So
         logits, _, _ = network.apply(params, model_state, classify.unit(batch["image"]))
         return classify.accuracy(logits, batch["label"], batch["mask"])
 
-    found = pipeline.eval_batches(source, eval_transform(network), batch_size=batch_size)
+    found = pipeline.eval_batches(source, eval_transform(network, crop), batch_size=batch_size)
     return loop.total(step(jax.tree.map(jnp.asarray, batch)) for batch in found)
 
 
@@ -157,7 +160,7 @@ def model_probe(options: argparse.Namespace, asked: evaluate_probe.Options) -> d
     evaluate_probe.check(bank, test, asked)
     asking = (options.size or 0, options.dtype or "float32", options.reduce)
     network, variables = load(options.model, options.weights, 0, *asking)
-    transform, batch_size = eval_transform(network), options.batch_size or BATCH_SIZE
+    transform, batch_size = eval_transform(network, options.crop), options.batch_size or BATCH_SIZE
     return evaluate_probe.measure(network, variables, bank, test, transform, batch_size, asked)
 
 
@@ -192,6 +195,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--data", help="folder, .zip or .npz of images, or 'digits'")
     found.add_argument("--split", help="part of the data, where it has parts")
     found.add_argument("--size", type=int, help="side of the images, if not the model's own")
+    found.add_argument("--crop", type=float, help="share of the shorter side that is seen, if not that of the weights")
     found.add_argument("--batch-size", type=int, help=f"images at a time, {BATCH_SIZE} by default")
     found.add_argument("--dtype", help="of the computation, float32 by default")
     found.add_argument(
@@ -240,6 +244,8 @@ def check_options(options: argparse.Namespace, changes: list[str]) -> None:
     for key, protocols in OF_PROTOCOLS.items():
         if key in given and options.protocol not in protocols:
             raise UserError(f"{flag(key)}: belongs to --protocol {' or '.join(protocols)}, not to {options.protocol}")
+    if options.crop is not None and not 0 < options.crop <= 1:
+        raise UserError(f"--crop: {options.crop} is not above 0 and at most 1")
     if options.run:
         if options.model or options.weights:
             raise UserError("--run: evaluates the networks of a run; leave it out with --model and --weights")
@@ -265,7 +271,7 @@ def main(argv: list[str]) -> int:
         source = sources.source(*place(options.data), options.split)
         dtype, batch_size = options.dtype or "float32", options.batch_size or BATCH_SIZE
         loaded = load(options.model, options.weights, source.num_classes, options.size or 0, dtype, options.reduce)
-        metrics = model_metrics(*loaded, source, batch_size)
+        metrics = model_metrics(*loaded, source, batch_size, options.crop)
     if options.json:
         print(json.dumps(metrics))
     else:

@@ -84,8 +84,10 @@ def test_official_weights_on_the_digits(weights, capsys):
     assert found["loss"] == pytest.approx(np.log(np.e + 9) - 36 / 355, rel=1e-5)
 
 
-def test_timm_weights_on_a_folder_of_image_files(tmp_path, capsys):
+@pytest.mark.parametrize("crop", [None, 0.7])
+def test_timm_weights_on_a_folder_of_image_files(crop, tmp_path, capsys):
     spec = backbones.input_spec("resnet10t")
+    spec = spec._replace(crop=crop or spec.crop)
     model = backbones.create("resnet10t", num_classes=len(CLASSES))
     variables = drawn.variables(model, np.zeros((1, spec.size, spec.size, 3), np.float32))
     pictures = [make.picture(seed, width=220 - 9 * seed, height=150 + 11 * seed) for seed in range(10)]
@@ -107,7 +109,7 @@ def test_timm_weights_on_a_folder_of_image_files(tmp_path, capsys):
     for number, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
         picture.save(tmp_path / "imagenet" / "val" / CLASSES[label] / f"{number}.png")
     place = ("--weights", weights, "--data", tmp_path / "imagenet", "--split", "val", "--batch-size", 4)
-    found = main(capsys, "--model", "resnet10t", *place)
+    found = main(capsys, "--model", "resnet10t", *place, *(["--crop", crop] if crop else []))
     assert found["top1"] == pytest.approx(0.7)
     loss = np.log(np.exp(logits).sum(1)) - logits[np.arange(10), labels]
     assert found["loss"] == pytest.approx(loss.mean(), rel=1e-4)
@@ -220,6 +222,7 @@ MODEL = "--model resnet8 --weights {weights} --data {archive} --split test --siz
         (MODEL + "--config.seed=1", "--config.seed=1: changes the config of a --run"),
         (MODEL + "--protocol kn", "--protocol: no 'kn'"),
         (MODEL + "--k 5", "--k: belongs to --protocol knn, not to top1"),
+        (MODEL + "--crop 1.5", "--crop: 1.5 is not above 0 and at most 1"),
         (MODEL + "--protocol knn --k 5,x", "--k: '5,x' is not a list of numbers"),
         (MODEL + "--protocol fewshot --shots 0", "--shots: 0 is not above 0"),
         (MODEL + "--protocol linear --l2 1,2", "linear takes one strength"),
