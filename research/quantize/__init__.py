@@ -1,0 +1,1 @@
+"""Few bits: formats, calibration, baselines and CBQ."""
