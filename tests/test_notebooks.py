@@ -26,7 +26,8 @@ def test_it_runs(path, monkeypatch, tmp_path):
     """A cell that fails raises, with its source and traceback."""
     monkeypatch.setenv("STILLROOM_SMOKE", "1")
     monkeypatch.setenv("XLA_FLAGS", "")
-    monkeypatch.delenv("MPLBACKEND", raising=False)
+    for name in ("MPLBACKEND", "STILLROOM_IMAGES", "STILLROOM_RUN"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
