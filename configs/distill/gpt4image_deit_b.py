@@ -23,5 +23,6 @@ def get_config(arg: str = "") -> ConfigDict:
     c.optimizer.name, c.optimizer.lr, c.optimizer.weight_decay = "adamw", 1e-3, 0.05
     c.optimizer.options = ConfigDict({"no_decay": ("pos_embed", "cls_token")})
     c.schedule.warmup_epochs, c.schedule.warmup_lr = 5.0, 1e-6
+    c.schedule.behind = 1.0
     c.ema = (0.99996,)
     return gpt4image.config(arg, c, "deit_base_patch16_224", GPUS, gpt4image.DEIT, smoothing=0.1, drop_path=0.1)
