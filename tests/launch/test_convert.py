@@ -42,7 +42,7 @@ def test_there_and_back(official, tmp_path, capsys):
 
 def _tiny(family, tmp_path, monkeypatch, dialect=None):
     """(variant made tiny, its variables, a file of them under official names)."""
-    name, side = tiny.use(monkeypatch, family), tiny.side(family)
+    name, side = tiny.use(monkeypatch, family)
     variables = drawn.variables(backbones.create(name), jnp.zeros((1, side, side, 3)))
     checkpoint.save_official(variables, name, tmp_path / "official.safetensors", dialect=dialect)
     return name, variables, tmp_path / "official.safetensors"
@@ -50,7 +50,7 @@ def _tiny(family, tmp_path, monkeypatch, dialect=None):
 
 @pytest.mark.parametrize("family", backbones.FAMILIES)
 def test_every_family_there_and_back_in_every_dialect(family, tmp_path, monkeypatch):
-    for dialect in backbones.family(tiny.TINY[family][0]).NAMES:
+    for dialect in backbones.family(tiny.square(family)[0]).NAMES:
         name, variables, official = _tiny(family, tmp_path, monkeypatch, dialect)
         ours, again = tmp_path / "ours.safetensors", tmp_path / "again.safetensors"
         for source, target in ((official, ours), (ours, again)):

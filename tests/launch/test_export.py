@@ -41,8 +41,8 @@ np.savez(folder / "found.npz", **found)
 
 
 def network(family: str, **options) -> tuple[classify.Network, dict]:
-    name, changes = tiny.TINY[family]
-    made = classify.network(name, 7, tiny.side(family), **{**changes, **options})
+    name, changes, side = tiny.square(family)
+    made = classify.network(name, 7, side, **{**changes, **options})
     return made, drawn.variables(made.module, made.example())
 
 
@@ -136,8 +136,8 @@ def test_weights_apart_images_of_bytes_and_bfloat16(weights, tmp_path):
 
 
 def test_positions_follow_the_size(tmp_path, monkeypatch):
-    name = tiny.use(monkeypatch, "vit")
-    variables = drawn.variables(backbones.create(name), jnp.zeros((1, 16, 16, 3)))
+    name, side = tiny.use(monkeypatch, "vit")
+    variables = drawn.variables(backbones.create(name), jnp.zeros((1, side, side, 3)))
     checkpoint.save_official(variables, name, tmp_path / "w.safetensors")
     target = tmp_path / "v.stablehlo"
     words = ["--model", name, "--weights", str(tmp_path / "w.safetensors"), "--to", str(target), "--size", "24"]

@@ -145,8 +145,8 @@ def test_positions_are_resampled_for_another_image_size(tmp_path):
 
 
 def test_positions_that_are_a_plain_table_are_resampled_too(tmp_path, monkeypatch):
-    name = tiny.use(monkeypatch, "clip")
-    variables = drawn.variables(backbones.create(name), jnp.zeros((1, 16, 16, 3)))
+    name, side = tiny.use(monkeypatch, "clip")
+    variables = drawn.variables(backbones.create(name), jnp.zeros((1, side, side, 3)))
     checkpoint.save_official(variables, name, tmp_path / "w.safetensors")
     stored = safetensors.numpy.load_file(tmp_path / "w.safetensors")
     assert stored["vision_model.embeddings.position_embedding.weight"].shape == (5, 16)
