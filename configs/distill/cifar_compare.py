@@ -63,7 +63,7 @@ TOKEN_TAPS = {
 BETAS = {"resnet56-resnet20": 2.0, "resnet110-resnet32": 2.0}
 REVIEWS = {"resnet56-resnet20": 0.6, "resnet110-resnet32": 1.0}
 VIT = dict(img_size=16, patch_size=4, embed_dim=64, depth=4, num_heads=2)
-SMALL = dict(channels=(4, 4, 8), stem_width=4)
+SMALL = dict(layers=(1, 1, 1), channels=(4, 4, 8), stem_width=4)
 EPOCHS = {"small": 6.0, "cifar100": 240.0}
 PAIRS = {
     "resnet20-resnet8": "small",
@@ -115,11 +115,12 @@ def get_config(arg: str = ""):
         raise ValueError(f"config argument pair: no pair {options.pair!r}; there are {', '.join(PAIRS)}")
     kind = PAIRS[options.pair]
     teacher, student = options.pair.split("-")
+    small = SMALL if options.smoke else {}
     c = recipe(kind)
     if options.teacher:
         c.epochs = 24.0 if kind == "small" else c.epochs
         c.schedule.milestones = tuple(c.epochs * share for share in (0.625, 0.75, 0.875))
-        c.students = common.arms(teacher=common.student(teacher, label_loss="ce"))
+        c.students = common.arms(teacher=common.student(teacher, label_loss="ce", options=small))
         c.teacher = common.teacher()
     else:
         names = options.arms.split("+") if options.arms else UNLIKE if student == "vit" else ALIKE
@@ -128,7 +129,8 @@ def get_config(arg: str = ""):
         c.students = common.arms(**{name: _arm(name, options.pair, options.smoke) for name in names})
         if "mlld" in names:
             c.augment.strong = "rand-m10-n2"
-        c.teacher = common.teacher(teacher, recipe=f"configs/distill/cifar_compare.py:pair={options.pair},teacher")
+        recipe_of = f"configs/distill/cifar_compare.py:pair={options.pair},teacher"
+        c.teacher = common.teacher(teacher, recipe=recipe_of, options=small)
     if options.smoke:
         c = common.smoke(c, size=16)
         c.schedule.name = "cosine"

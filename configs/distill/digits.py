@@ -8,11 +8,13 @@ Published:  nothing; the README shows our table
 """
 
 from configs import common
+from configs.distill.cifar_compare import SMALL
 from research.core.config import parse_arg
 
 
 def get_config(arg: str = ""):
     options = parse_arg(arg, teacher=False, smoke=False)
+    small = SMALL if options.smoke else {}
     c = common.base()
     c.experiment = "research.distill.vanilla_kd"
     c.batch_size = 64
@@ -31,12 +33,12 @@ def get_config(arg: str = ""):
     c.save.every = 10.0
     if options.teacher:
         c.epochs = 15.0
-        c.students = common.arms(teacher=common.student("resnet14", label_loss="ce"))
+        c.students = common.arms(teacher=common.student("resnet14", label_loss="ce", options=small))
         c.teacher = common.teacher()
     else:
         student = dict(
             model="mixer_s16_224",
-            options=dict(img_size=16, patch_size=4, embed_dim=32, num_blocks=2),
+            options=dict(img_size=16, patch_size=4, embed_dim=32, num_blocks=1 if options.smoke else 2),
             label_loss="ce",
         )
         c.students = common.arms(
@@ -45,5 +47,5 @@ def get_config(arg: str = ""):
             dkd=common.student(**student, loss="dkd", loss_options=dict(temperature=4.0)),
             dist=common.student(**student, loss="dist", loss_options=dict(temperature=1.0)),
         )
-        c.teacher = common.teacher("resnet14", recipe="configs/distill/digits.py:teacher")
+        c.teacher = common.teacher("resnet14", recipe="configs/distill/digits.py:teacher", options=small)
     return common.smoke(c, size=16) if options.smoke else c

@@ -10,11 +10,13 @@ Published:  nothing of this size; README.md shows our table
 """
 
 from configs import common
+from configs.distill.cifar_compare import SMALL
 from research.core.config import parse_arg
 
 
 def get_config(arg: str = ""):
     options = parse_arg(arg, teacher=False, smoke=False)
+    small = SMALL if options.smoke else {}
     c = common.base()
     c.experiment = "research.distill.vanilla_kd"
     c.batch_size = 128
@@ -37,15 +39,15 @@ def get_config(arg: str = ""):
     c.schedule.min_lr = 0.0
     c.schedule.per_step = True
     if options.teacher:
-        c.students = common.arms(teacher=common.student("resnet20", label_loss="ce"))
+        c.students = common.arms(teacher=common.student("resnet20", label_loss="ce", options=small))
         c.teacher = common.teacher()
     else:
-        student = dict(model="resnet8", label_loss="ce")
+        student = dict(model="resnet8", label_loss="ce", options=small)
         c.students = common.arms(
             none=common.student(**student),
             kd=common.student(**student, loss="kd", loss_options=dict(temperature=4.0)),
             dkd=common.student(**student, loss="dkd", loss_options=dict(temperature=4.0)),
             dist=common.student(**student, loss="dist", loss_options=dict(temperature=4.0)),
         )
-        c.teacher = common.teacher("resnet20", recipe="configs/distill/vanilla_kd_small.py:teacher")
+        c.teacher = common.teacher("resnet20", recipe="configs/distill/vanilla_kd_small.py:teacher", options=small)
     return common.smoke(c, size=16) if options.smoke else c
