@@ -146,9 +146,8 @@ def test_evaluation_is_one_program_in_bfloat16(form):
     assert {leaf.dtype for leaf in jax.tree.leaves((logits, endpoints))} == {jnp.dtype("bfloat16")}
     logits = logits.astype(jnp.float32)
     assert np.all(np.isfinite(logits))
-    if not FORMS[form].trains:  # those that train were compared there
-        exact = jax.jit(lambda v, x: model(form).apply(v, x)[0])(variables(form), images)
-        assert likeness(logits, exact) > LEAST_LIKENESS.get(form, 0.95)
+    exact = jax.jit(lambda v, x: model(form).apply(v, x)[0])(variables(form), images)
+    assert likeness(logits, exact) > LEAST_LIKENESS.get(form, 0.95)
 
 
 def applied(network, variables, size: tuple[int, int]):
