@@ -1,6 +1,6 @@
 """Matrix product with weights of 1 to 8 bits, which stay packed in memory.
 
-    weight = research.quantize.quantized.quantize(kernel, form).pack()     # kernel (K, N)
+    weight = quantized.pack(quantized.quantize(kernel, form))              # kernel (K, N), of research.quantize
     y = lowbit_matmul(x, weight, bias)                                     # W4A16 and the like
     y = lowbit_matmul(x, weight, bias, activation_bits=8)                  # W8A8, W4A8; 4 for W4A4
 
