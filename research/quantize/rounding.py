@@ -47,3 +47,15 @@ def hard(w: jax.Array, grid: Grid, v: jax.Array, bits: int) -> jax.Array:
 def undecided(added: jax.Array, beta: jax.Array | float) -> jax.Array:
     """The regulariser, summed over weights: 1 - |2 h - 1|^beta, 0 where h is 0 or 1."""
     return jnp.sum(1 - jnp.abs(2 * (added - 0.5)) ** beta)
+
+
+def temperature(
+    step: jax.Array | int, steps: int, warm_up: float = 0.2, start: float = 20.0, end: float = 2.0
+) -> jax.Array:
+    """The exponent of `undecided` at a step: `start` during the share `warm_up` of all steps, then linear to `end`.
+
+    BRECQ counts steps from 1 and leaves the regulariser out while step < warm_up * steps; its weight is 0.01 after.
+    """
+    begin = warm_up * steps
+    left = 1 - (jnp.asarray(step, float) - begin) / (steps - begin)
+    return end + (start - end) * jnp.clip(left, 0, 1)

@@ -1,4 +1,4 @@
-"""Golden checks of post-training quantisation: rounding to nearest by the official codes' grids, learned rounding."""
+"""Golden checks of post-training quantisation: rounding to nearest, GPTQ, learned rounding."""
 
 import re
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from research.port.verify import Golden
 from research.quantize import fake, grids, reconstruction, rounding, smoothquant
+from research.quantize.gptq import add, gptq, second_moment
 from research.quantize.grids import Form, Grid
 from research.quantize.quantized import dequantize, quantize
 
@@ -113,4 +114,80 @@ def lora_rounding(golden: Golden) -> dict[str, np.ndarray]:
     return outputs | {"E/value": value, "E/grad_h2": slope}
 
 
-CHECKS = {"rtn_quant": rtn_quant, "lora_rounding": lora_rounding}
+def calibrated(golden: Golden) -> dict[str, np.ndarray]:
+    """GPTQ in every setting of `configs`, whose fields make the names of outputs; weights are (out, in).
+
+    A calibration set without a leading axis of sequences counts as one sample for each part in which it was given.
+    """
+    w, x, meta = jnp.asarray(golden.x["w"]).T, jnp.asarray(golden.x["calib"]), golden.meta
+    stated = re.search(r"(\d+) chunks", meta.get("notes", ""))
+    moment = second_moment(len(w), w.dtype)
+    for part in jnp.array_split(x, meta.get("chunks", int(stated[1]) if stated else 1)):
+        moment = add(moment, part)
+    outputs = {"hessian": moment.hessian}
+    for config in meta["configs"]:
+        name = "gptq_" + "_".join(f"{field}{config[field]}" for field in sorted(config))
+        q, error = _by_gptq(w, moment, {"percdamp": meta.get("percdamp", 0.01)} | config)
+        outputs |= {f"{name}/dq": dequantize(q).T, f"{name}/proxy_loss": error}
+    return outputs
+
+
+def _by_gptq(w: jax.Array, moment, config: dict):
+    fields = {SAME.get(field, field): value for field, value in config.items()}
+    rule = f"gptq{'_symmetric' * fields.pop('sym', False)}{'_mse' * fields.pop('mse', False)}"
+    group = fields.pop("group", None)
+    form = Form(
+        bits=fields.pop("bits"),
+        group=group if group and group > 0 else None,
+        per_tensor=not fields.pop("perchannel", True),
+        rule=rule,
+        pad=True,
+    )
+    return gptq(w, moment, form, **fields)
+
+
+# Names of the official arguments, and others that they go by.
+SAME = {
+    "wbits": "bits",
+    "groupsize": "group",
+    "group_size": "group",
+    "blocksize": "block",
+    "percdamp": "damping",
+    "actorder": "act_order",
+    "desc_act": "act_order",
+    "static": "static_groups",
+}
+
+
+def adaround(golden: Golden) -> dict[str, np.ndarray]:
+    """AdaRound as BRECQ has it: grid, start, soft and hard rounding with gradients, regulariser and its schedule.
+
+    Values and gradients are at the alpha that the file gives. That is a start which was then disturbed in place: files
+    whose `alpha_init` is that same array do not hold the start, and `lora_rounding` has to say that ours is right.
+    """
+    x, meta = {name: jnp.asarray(value) for name, value in golden.x.items()}, golden.meta
+    bits, ends = meta["n_bits"], {key: meta[key] for key in ("zeta", "gamma") if key in meta}
+    w, alpha = x["w"], x["alpha"]
+    grid = grids.fit(w, Form(bits, axis=-1))
+    added = lambda alpha: rounding.share(alpha, **ends)
+    dequantized, back = jax.vjp(lambda alpha: rounding.soft(w, grid, added(alpha), bits), alpha)
+    start = rounding.start(grids.divide(w, grid.scales), **ends)
+    overwritten = np.array_equal(golden.y.get("alpha_init", start), alpha)
+    outputs = {
+        "delta": grid.scales[:, 0],
+        "zero_point": grid.zeros[:, 0],
+        "alpha_init": alpha if overwritten else start,
+        "soft_targets": added(alpha),
+        "soft_dq": dequantized,
+        "soft_grad_alpha": back(x["cotangent"])[0],
+        "hard_dq": rounding.hard(w, grid, alpha, bits),
+    }
+    for beta in meta["betas"]:
+        value, slope = jax.value_and_grad(lambda alpha, b=beta: rounding.undecided(added(alpha), b))(alpha)
+        outputs |= {f"round_loss_b{beta}/value": value, f"round_loss_b{beta}/grad_alpha": slope}
+    decay = meta["temp_decay"]
+    steps = decay["t_max"], decay["rel_start_decay"], decay["start_b"], decay["end_b"]
+    return outputs | {"temp_decay": rounding.temperature(jnp.asarray(decay["steps"]), *steps)}
+
+
+CHECKS = {"rtn_quant": rtn_quant, "gptq": calibrated, "adaround": adaround, "lora_rounding": lora_rounding}
