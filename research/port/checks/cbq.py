@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from research.port.checks import cbq_windows
 from research.port.verify import Golden
 from research.quantize import fake, grids, reconstruction, rounding, smoothquant
 from research.quantize.gptq import add, gptq, second_moment
@@ -191,3 +192,4 @@ def adaround(golden: Golden) -> dict[str, np.ndarray]:
 
 
 CHECKS = {"rtn_quant": rtn_quant, "gptq": calibrated, "adaround": adaround, "lora_rounding": lora_rounding}
+CHECKS |= cbq_windows.CHECKS
