@@ -27,8 +27,8 @@ def variables(images):
 
 @pytest.fixture(scope="module")
 def exact(variables, images):
-    """Logits and endpoints in float32, in evaluation."""
-    return jax.jit(resnet.build(**SMALL).apply)(variables, images)
+    """Logits and endpoints in float32, in evaluation; op by op, as a compiler may round what it fuses twice apart."""
+    return resnet.build(**SMALL).apply(variables, images)
 
 
 def gradient(**changes):
