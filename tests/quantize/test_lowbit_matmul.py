@@ -30,11 +30,15 @@ def drawn(seed, *shape):
 )
 def test_products_are_those_of_what_codes_stand_for(m, k, n, bits, group, activations):
     x, w, bias = drawn(m, m, k), drawn(k, k, n), drawn(n, n)
-    q = quantize(jnp.asarray(w), Form(bits, group=group, rule=RULES[bits], pad=True))
-    found = lowbit_matmul(jnp.asarray(x), pack(q), jnp.asarray(bias), activation_bits=activations)
-    if activations:
-        x = np.asarray(dequantize(quantize(jnp.asarray(x), Form(activations, axis=-1, rule="absmax"))))
-    expected = x.astype(np.float64) @ np.asarray(dequantize(q), np.float64) + bias
+
+    @jax.jit
+    def run(x, w, bias):
+        q = quantize(w, Form(bits, group=group, rule=RULES[bits], pad=True))
+        seen = dequantize(quantize(x, Form(activations, axis=-1, rule="absmax"))) if activations else x
+        return lowbit_matmul(x, pack(q), bias, activation_bits=activations), seen, dequantize(q)
+
+    found, x, w = run(x, w, bias)
+    expected = np.asarray(x, np.float64) @ np.asarray(w, np.float64) + bias
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
