@@ -45,6 +45,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: rank.get(item.path, len(FIRST)))
 
 
+@pytest.fixture(scope="module")
+def one_device():
+    """Runs of a module's tests take one device, for tests of configs: compiling for eight takes longer."""
+    from launch import train  # imports everything, which most tests do without
+
+    bind = train.runner.build
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
+        yield
+
+
 @pytest.fixture
 def golden() -> pathlib.Path:
     """The folder of golden arrays."""

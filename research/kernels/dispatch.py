@@ -1,7 +1,7 @@
 """What the ops on tokens of single images have in common: the choice of a form, the gradient, a mesh."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -24,6 +24,17 @@ class Op(NamedTuple):
     apply: Callable[..., Any]
     kernel: Callable[..., Any]
     refusal: Callable[..., str | None]
+
+
+Sizes = TypeVar("Sizes")
+
+
+def sizes(tuned: Mapping[str, Sizes], default: Sizes) -> Sizes:
+    """A kernel's sizes for the kind of device that this process has, the default for kinds that none are known for.
+
+    A program that is compiled ahead of time for devices of another kind gives its ops `blocks`.
+    """
+    return tuned.get(jax.devices()[0].device_kind, default)
 
 
 def run(op: Op, operands: tuple, form: str | None, mesh: Mesh | None) -> tuple[Any, Any]:

@@ -45,7 +45,7 @@ def load(folder: str | os.PathLike, *, param_dtype=jnp.float32, new_head: int | 
       ValueError: a model type that is not known, or weights that do not fit the config.
     """
     root = storage.folder(folder)
-    config = _json(root / "config.json")
+    config = read_json(root / "config.json")
     if config.get("model_type") not in MODEL_TYPES:
         known = ", ".join(MODEL_TYPES)
         raise ValueError(f"{root / 'config.json'}: model_type {config.get('model_type')!r} is none of {known}")
@@ -65,7 +65,7 @@ def read(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     for name in WEIGHTS:
         index = root / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(_json(index)["weight_map"].values()))
+            shards = sorted(set(read_json(index)["weight_map"].values()))
             return {key: array for shard in shards for key, array in tensors.read(root / shard).items()}
         if (root / name).is_file():
             return tensors.read(root / name)
@@ -161,7 +161,12 @@ def _any(patterns, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _json(path: storage.Path) -> dict:
+def read_json(path: storage.Path) -> dict:
+    """The object in a JSON file of a model's folder.
+
+    Raises:
+      FileNotFoundError: no such file; ValueError: no intact one.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}")
     try:

@@ -61,7 +61,7 @@ def load(folder: str | os.PathLike, *, param_dtype=jnp.float32, **overrides) -> 
       ValueError: a model type or form of quantisation that is not known, weights that do not fit the config.
     """
     root = storage.folder(folder)
-    config = _json(root / "config.json")
+    config = checkpoint.read_json(root / "config.json")
     settings = settings_of(root, config)
     if config.get("model_type") not in checkpoint.MODEL_TYPES:
         known = ", ".join(checkpoint.MODEL_TYPES)
@@ -83,7 +83,7 @@ def settings_of(root: storage.Path, config: Mapping) -> Settings:
     where, stated = root / "config.json", config.get("quantization_config")
     for name in SETTINGS_FILES:
         if not stated and (root / name).is_file():
-            where, stated = root / name, _json(root / name)
+            where, stated = root / name, checkpoint.read_json(root / name)
     if not stated:
         raise ValueError(
             f"{root}: config.json has no quantization_config, and there is no {' nor '.join(SETTINGS_FILES)}; weights "
@@ -235,12 +235,3 @@ def _split(state: Mapping[str, np.ndarray], parts: tuple[str, ...]) -> tuple[dic
 def _read(root: storage.Path, files: tuple[str, ...]) -> dict[str, np.ndarray]:
     found = next((root / f"{name}.safetensors" for name in files if (root / f"{name}.safetensors").is_file()), None)
     return checkpoint.read(root) if found is None else tensors.read(found)
-
-
-def _json(path: storage.Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no intact JSON file ({error}): fetch it again") from None

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from research.layers.norm import accumulation_dtype
 from research.quantize import grids
-from research.quantize.grids import Form, Grid
+from research.quantize.grids import Form, Grid, clip
 
 
 def straight_through(rounded: jax.Array, x: jax.Array) -> jax.Array:
@@ -29,12 +29,6 @@ def round_through(x: jax.Array) -> jax.Array:
 def floor_through(x: jax.Array) -> jax.Array:
     """Rounds down, with derivative 1."""
     return straight_through(jnp.floor(x), x)
-
-
-def clip(x: jax.Array, low: float, high: float) -> jax.Array:
-    """Clips, with derivative 1 within the range and at its ends, 0 beyond."""
-    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
-    return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
 def affine(x: jax.Array, grid: Grid, bits: int) -> jax.Array:
@@ -60,7 +54,7 @@ def fake_quantize(x: jax.Array, form: Form, grid: Grid | None = None) -> jax.Arr
     axis = form.axis % x.ndim
     parts = grids.blocks(x.astype(grid.scales.dtype), form)
     rounded = affine(parts, jax.tree.map(lambda array: jnp.expand_dims(array, axis + 1), grid), form.bits)
-    return _join(rounded, x, axis)
+    return grids.unite(rounded, x, form)
 
 
 def learnable_clip(w: jax.Array, up: jax.Array, low: jax.Array, form: Form) -> jax.Array:
@@ -86,7 +80,7 @@ def learnable_clip(w: jax.Array, up: jax.Array, low: jax.Array, form: Form) -> j
     shrink = tuple(jax.nn.sigmoid(factor) for factor in factors)
     grid = grids.omniquant(parts, form.bits, over, form.rule == "omniquant_symmetric", shrink)
     rounded = affine(parts, grid, form.bits)
-    return rounded.astype(w.dtype) if form.per_tensor else _join(rounded, w, axis)
+    return rounded.astype(w.dtype) if form.per_tensor else grids.unite(rounded, w, form)
 
 
 def lsq(x: jax.Array, step: jax.Array, bits: int, signed: bool, examples: int | None = None) -> jax.Array:
@@ -105,9 +99,3 @@ def lsq(x: jax.Array, step: jax.Array, bits: int, signed: bool, examples: int | 
         step = straight_through(step, step * scale)
     wide = x.astype(step.dtype)
     return (step * round_through(clip(grids.divide(wide, step), low, high))).astype(x.dtype)
-
-
-def _join(parts: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """The inverse of `grids.blocks` for an x, in its dtype."""
-    joined = parts.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
-    return jax.lax.slice_in_dim(joined, 0, x.shape[axis], axis=axis).astype(x.dtype)

@@ -27,10 +27,10 @@ import jax
 import jax.numpy as jnp
 
 from research.kernels.lowbit_matmul.layout import PLANES
+from research.kernels.lowbit_matmul.reference import SMALLEST, absmax, divide
 from research.layers.norm import accumulation_dtype
 
 BITS = tuple(PLANES)
-SMALLEST = 1e-5  # of a range, in the official codes
 SHRINKS, NORM = 80, 2.4  # of GPTQ's search for the least error
 
 
@@ -90,6 +90,13 @@ def blocks(x: jax.Array, form: Form) -> jax.Array:
     return jnp.pad(x, pads).reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :])
 
 
+def unite(parts: jax.Array, like: jax.Array, form: Form) -> jax.Array:
+    """The inverse of `blocks` for an array of the shape and dtype of `like`."""
+    axis = form.axis % like.ndim
+    united = parts.reshape(*like.shape[:axis], -1, *like.shape[axis + 1 :])
+    return jax.lax.slice_in_dim(united, 0, like.shape[axis], axis=axis).astype(like.dtype)
+
+
 def fit(x: jax.Array, form: Form) -> Grid:
     """The grid of an array, in float32 or better.
 
@@ -102,15 +109,6 @@ def fit(x: jax.Array, form: Form) -> Grid:
     over = form.axis % x.ndim + 1
     grid = RULES[form.rule](blocks(x, form), form.bits, (over,))
     return jax.tree.map(lambda array: jnp.squeeze(array, over), grid)
-
-
-def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
-    """x / by, correctly rounded.
-
-    XLA multiplies by the reciprocal of a divisor that it broadcasts. That moves quotients off the exact halves on which
-    the ends of symmetric grids lie, and so codes.
-    """
-    return x / jax.lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(by, x.dtype), x.shape))
 
 
 def nearest(x: jax.Array, grid: Grid, bits: int) -> jax.Array:
@@ -127,6 +125,12 @@ def values(codes: jax.Array, grid: Grid) -> jax.Array:
     return grid.scales * (codes if grid.zeros is None else codes - grid.zeros)
 
 
+def clip(x: jax.Array, low: float, high: float) -> jax.Array:
+    """Clips, with derivative 1 within the range and at its ends, 0 beyond, as PyTorch's."""
+    low, high = (jnp.asarray(end, x.dtype) for end in (low, high))
+    return jnp.where(x < low, low, jnp.where(x > high, high, x))
+
+
 def limits(bits: int, signed: bool) -> tuple[int, int]:
     """Smallest and largest code."""
     if not signed:
@@ -136,8 +140,7 @@ def limits(bits: int, signed: bool) -> tuple[int, int]:
 
 
 def _absmax(x, bits, over):
-    largest = jnp.max(jnp.abs(x), axis=over, keepdims=True)
-    return Grid(divide(jnp.maximum(largest, SMALLEST), limits(bits, signed=True)[1]), None)
+    return Grid(absmax(x, bits, over), None)
 
 
 def _sign(x, bits, over):
@@ -189,15 +192,10 @@ def omniquant(
         high, low = shrink[0] * high, shrink[1] * low
     if symmetric:
         largest = 2 ** (bits - 1) - 1
-        scales = _within(divide(jnp.maximum(jnp.abs(high), jnp.abs(low)), largest), SMALLEST, 1e4)
+        scales = clip(divide(jnp.maximum(jnp.abs(high), jnp.abs(low)), largest), SMALLEST, 1e4)
         return Grid(scales, jnp.full_like(scales, largest))
-    scales = _within(divide(high - low, 2**bits - 1), SMALLEST, 1e4)
+    scales = clip(divide(high - low, 2**bits - 1), SMALLEST, 1e4)
     return Grid(scales, jax.lax.stop_gradient(jnp.round(jnp.clip(divide(-low, scales), -1e4, 1e4))))
-
-
-def _within(x, low, high):
-    """`clip` whose gradient is 1 at the ends too, as PyTorch's is."""
-    return jnp.where(x < low, low, jnp.where(x > high, high, x))
 
 
 RULES: dict[str, Callable[..., Grid]] = {

@@ -20,7 +20,7 @@ ZETA, GAMMA = 1.1, -0.1
 
 def share(v: jax.Array, zeta: float = ZETA, gamma: float = GAMMA) -> jax.Array:
     """h(v), the rectified sigmoid: what is added to a weight that was rounded down, from 0 to 1."""
-    return fake.clip(jax.nn.sigmoid(v) * (zeta - gamma) + gamma, 0, 1)
+    return grids.clip(jax.nn.sigmoid(v) * (zeta - gamma) + gamma, 0, 1)
 
 
 def start(x: jax.Array, zeta: float = ZETA, gamma: float = GAMMA) -> jax.Array:
@@ -36,7 +36,7 @@ def soft(w: jax.Array, grid: Grid, added: jax.Array, bits: int, through: bool = 
       through: the floor passes the gradient, so that scales get LSQ's; BRECQ's does not.
     """
     down = (fake.floor_through if through else jnp.floor)(grids.divide(w, grid.scales))
-    return grids.values(fake.clip(down + added + grid.zeros, *grids.limits(bits, signed=False)), grid)
+    return grids.values(grids.clip(down + added + grid.zeros, *grids.limits(bits, signed=False)), grid)
 
 
 def hard(w: jax.Array, grid: Grid, v: jax.Array, bits: int) -> jax.Array:

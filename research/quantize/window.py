@@ -91,7 +91,7 @@ def start(
         learned.steps[name], fixed.zeros[name] = grid
         parts, grid = _split(w, grid, scheme.form)
         v0 = rounding.start(grids.divide(parts, grid.scales)) if nearest else jnp.zeros_like(parts)
-        fixed.v0[name] = _join(v0, w, scheme.form)
+        fixed.v0[name] = grids.unite(v0, w, scheme.form)
         a1 = jax.random.normal(own, (w.shape[0], rank), w.dtype)
         learned.factors[name] = a1, jnp.zeros((rank, w.size // w.shape[0]), w.dtype)
         if scheme.inputs is not None:
@@ -199,8 +199,9 @@ def finish(learned: Learned, fixed: Fixed, schemes: Mapping[str, Scheme]) -> dic
 
 
 def _stepped(x: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+    """As `fake.lsq`, but clipped after rounding: what rounds to the last code has the gradient of what lies within."""
     codes = fake.round_through(grids.divide(x.astype(step.dtype), step))
-    return (step * fake.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)).astype(x.dtype)
+    return (step * grids.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)).astype(x.dtype)
 
 
 def _v(name: str, learned: Learned, fixed: Fixed) -> jax.Array:
@@ -212,7 +213,7 @@ def _soft(name: str, learned: Learned, fixed: Fixed, form: Form) -> jax.Array:
     w = fixed.weights[name]
     parts, grid = _split(w, Grid(learned.steps[name], fixed.zeros[name]), form)
     added = grids.blocks(rounding.share(_v(name, learned, fixed)), form)
-    return _join(rounding.soft(parts, grid, added, form.bits, through=True), w, form)
+    return grids.unite(rounding.soft(parts, grid, added, form.bits, through=True), w, form)
 
 
 def _hard(name: str, learned: Learned, fixed: Fixed, form: Form) -> Quantized:
@@ -230,10 +231,3 @@ def _split(w: jax.Array, grid: Grid, form: Form) -> tuple[jax.Array, Grid]:
     """Groups of a weight in the dtype of its scales, and the grid that broadcasts against them."""
     axis = form.axis % w.ndim + 1
     return grids.blocks(w.astype(grid.scales.dtype), form), jax.tree.map(lambda a: jnp.expand_dims(a, axis), grid)
-
-
-def _join(parts: jax.Array, w: jax.Array, form: Form) -> jax.Array:
-    """The inverse of `grids.blocks` for a weight, in its dtype."""
-    axis = form.axis % w.ndim
-    joined = parts.reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
-    return jax.lax.slice_in_dim(joined, 0, w.shape[axis], axis=axis).astype(w.dtype)

@@ -16,13 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2] / "configs" / "backbones"
 
 # One arm each of those that are alike to the compiler.
 STUDIES = ("family=vanillanet,arms=series", "family=parameternet,arms=experts2", "family=bimlp,arms=sign")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The runs are about the configs: compiling for one device takes less time than for eight."""
-    bind = train.runner.build
-    monkeypatch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @pytest.mark.parametrize("config", ["bimlp.py:smoke", *(f"small.py:{study},smoke" for study in STUDIES)])

@@ -13,6 +13,7 @@ from research.core import optim, writers
 from research.distill import vanilla_kd
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("one_device")
 CONFIGS = sorted(p for p in (ROOT / "configs" / "distill").glob("*.py") if "def get_config" in p.read_text())
 # The eight ImageNet configs differ in student and recipe. Between them the smoke runs cover every student, both
 # recipes, all teachers and all arms; a config not listed trains its own default arms.
@@ -23,13 +24,6 @@ ARGUMENTS = {
     "cifar_compare": "pair=resnet20-vit,arms=fitnet+sp+ofa,smoke",
     "ofa_cifar_cnn": "pair=mixer_b-mobilenetv2,smoke",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """The smoke runs are about the configs: compiling for one device takes less time than for eight."""
-    bind = train.runner.build
-    monkeypatch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

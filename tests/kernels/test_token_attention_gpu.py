@@ -9,7 +9,8 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from jax.sharding import NamedSharding, PartitionSpec
 
 from research.core import sharding
-from research.kernels.token_attention import gpu, reference, token_attention, tpu
+from research.kernels import dispatch
+from research.kernels.token_attention import gpu, reference, token_attention
 
 BF16 = jnp.bfloat16
 CALLS = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu", "mosaic_gpu_v2")]
@@ -21,7 +22,9 @@ def drawn(batch, heads, tokens, dim, dtype=BF16):
 
 
 def interpreted(q, k, v, bias, row=True, blocks=None):
-    return jax.jit(lambda *x: gpu.token_attention(*x, row, blocks, interpret=InterpretGPUParams()))(q, k, v, bias)
+    blocks = gpu.Blocks() if blocks is None else blocks
+    kernel = lambda *x: gpu.token_attention(*x, row, blocks, interpret=InterpretGPUParams())
+    return jax.jit(kernel)(q, k, v, bias)
 
 
 def assert_exact(found, operands, bias, dtype=BF16):
@@ -134,6 +137,11 @@ def test_what_the_kernel_does_not_take_is_said(change, message):
         token_attention(*operands, form="mosaic_gpu", **options)
 
 
-def test_blocks_are_those_of_the_form():
-    assert gpu.blocks_for("any") == gpu.Blocks() and tpu.blocks_for("any") == tpu.Blocks()
+def test_sizes_are_those_of_the_kind_of_device():
+    kind = jax.devices()[0].device_kind
+    assert dispatch.sizes({kind: gpu.Blocks(64), "other": gpu.Blocks(128)}, gpu.Blocks()) == gpu.Blocks(64)
+    assert dispatch.sizes({"other": gpu.Blocks(128)}, gpu.Blocks()) == gpu.Blocks()
+
+
+def test_shared_memory_is_counted():
     assert gpu.shared_bytes(64, gpu.Blocks()) == (8 + 8 + 32) * 1024 + 512 + 16 * 1024

@@ -19,20 +19,12 @@ from research.port import checkpoint
 from research.tokens import budget
 
 ROOT = pathlib.Path(cifar_small.__file__).parent
+pytestmark = pytest.mark.usefixtures("one_device")
 STUDY, RECIPE = f"{ROOT}/cifar_small.py", f"{ROOT}/ppt_deit_s.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """The runs are about the configs: compiling for one device takes less time than for eight."""
-    bind = train.runner.build
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
-        yield
-
-
 @pytest.fixture(scope="module")
-def shelf(tmp_path_factory):
+def shelf(tmp_path_factory, one_device):
     """Folder of the small study off the shelf: a dense network trained for two steps, its weights in all arms."""
     folder = tmp_path_factory.mktemp("shelf")
     train.run(configs.load(f"{STUDY}:shelf,smoke,arms=ppt+evit,threshold=1e-4"), folder)

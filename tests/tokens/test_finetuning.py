@@ -41,15 +41,6 @@ def student_of(config):
 
 
 @pytest.fixture(scope="module")
-def one_device():
-    """The runs are about the recipes: compiling for one device takes less time than for eight."""
-    bind = train.runner.build
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.runner, "build", lambda e, **o: bind(e, **{"devices": jax.devices()[:1], **o}))
-        yield
-
-
-@pytest.fixture(scope="module")
 def dynamic(tmp_path_factory, one_device):
     """(config, run folder, dense weights) of DynamicViT, trained for two steps from a checkpoint."""
     folder = tmp_path_factory.mktemp("dynamic")

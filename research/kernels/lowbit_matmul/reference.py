@@ -21,7 +21,7 @@ from research.kernels.binary_matmul import reference as binary
 from research.kernels.lowbit_matmul.layout import Packed, codes_of
 from research.layers.norm import accumulation_dtype
 
-SMALLEST = 1e-5  # least magnitude of a token's scale times its largest code: SmoothQuant's
+SMALLEST = 1e-5  # of a largest magnitude or a range, in the official codes
 
 
 class Tokens(NamedTuple):
@@ -32,12 +32,26 @@ class Tokens(NamedTuple):
     zeros: jax.Array | None = None
 
 
+def divide(x: jax.Array, by: jax.Array | float) -> jax.Array:
+    """x / by, correctly rounded.
+
+    XLA multiplies by the reciprocal of a divisor that it broadcasts. That moves quotients off the exact halves on which
+    the ends of symmetric grids lie, and so codes.
+    """
+    return x / jax.lax.optimization_barrier(jnp.broadcast_to(jnp.asarray(by, x.dtype), x.shape))
+
+
+def absmax(x: jax.Array, bits: int, axis: int | tuple[int, ...]) -> jax.Array:
+    """Scales of signed codes up to 2^(bits-1) - 1 by the largest magnitude over some axes, which are kept as ones."""
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    return divide(jnp.maximum(largest, SMALLEST), 2 ** (bits - 1) - 1)
+
+
 def quantize_tokens(x: jax.Array, bits: int) -> Tokens:
     """Each row of (M, K) by its largest magnitude: codes from -(2^(bits-1) - 1) to 2^(bits-1) - 1, halves to even."""
     x = x.astype(accumulation_dtype(x))
-    largest = 2 ** (bits - 1) - 1
-    scales = jnp.maximum(jnp.max(jnp.abs(x), axis=1, keepdims=True), SMALLEST) / largest
-    codes = jnp.clip(jnp.round(x / scales), -largest, largest)
+    largest, scales = 2 ** (bits - 1) - 1, absmax(x, bits, 1)
+    codes = jnp.clip(jnp.round(divide(x, scales)), -largest, largest)
     return Tokens(codes.astype(jnp.int8), scales)
 
 

@@ -61,7 +61,7 @@ def ppt_reduce(
       class_tokens: how many of the first scores are set and no part of the variance.
       distilled: whether the second token takes no part in pooling.
       form, mesh: see `research.kernels.dispatch.run`.
-      blocks: the kernel's sizes in place of `tpu.blocks_for`.
+      blocks: the kernel's sizes in place of those of `tpu.BLOCKS`.
 
     Raises:
       ValueError: shapes that do not fit, an unknown form; operands that a kernel asked for does not take: tokens in
@@ -78,7 +78,7 @@ def ppt_reduce(
     r = removable(each[1], r, True, distilled)
     if r == 0:
         return Reduced(x, size, still(*each), variance, pruned)
-    blocks = tpu.blocks_for() if blocks is None else blocks
+    blocks = dispatch.sizes(tpu.BLOCKS, Blocks()) if blocks is None else blocks
     op = dispatch.Op(
         plan=lambda x, size, scores, metric, pruned: reference.either(scores, metric, pruned, r, distilled),
         apply=lambda moves, x, size, *_: merge(x, moves, size),

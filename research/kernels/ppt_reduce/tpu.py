@@ -12,13 +12,8 @@ from research.kernels.token_matching.tpu import match
 from research.kernels.token_select.tpu import best
 from research.layers.token_moves import Moves
 
-# By `device_kind`; none has been tuned on hardware, where all take the default.
+# By `device_kind`, see `dispatch.sizes`; none has been tuned on hardware.
 BLOCKS: dict[str, Blocks] = {}
-
-
-def blocks_for(device_kind: str | None = None) -> Blocks:
-    """The sizes for a kind of device, the default for one that has none of its own."""
-    return BLOCKS.get(device_kind, Blocks())
 
 
 def refusal(x: jax.Array, size, scores, metric, pruned, blocks: Blocks) -> str | None:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from research.kernels import dispatch
 from research.kernels.token_attention import gpu, reference, tpu
 from research.kernels.token_attention.reference import Parts
 from research.kernels.token_attention.tpu import Blocks
@@ -20,7 +21,7 @@ from research.layers.token_scores import proportional
 __all__ = ["FORMS", "Attended", "Blocks", "token_attention"]
 
 FORMS = ("xla", "pallas", "mosaic_gpu", "interpret")
-DATA, HEADS = ("data", "fsdp"), "tensor"  # the axes of a mesh that split images and heads
+HEADS = "tensor"  # the axis of a mesh that splits heads
 
 
 class Attended(NamedTuple):
@@ -66,7 +67,7 @@ def token_attention(
         GPUs, which have to be Hopper's. By default "pallas" where there is a `mesh` and the kernel takes the operands,
         and "xla" otherwise: a kernel in a program that JAX partitions by itself does not compile. No kernel has been
         timed on hardware; what the choice rests on is in the README of `research/kernels`.
-      blocks: the kernel's sizes in place of `tpu.blocks_for`, or of `gpu.blocks_for` with "mosaic_gpu".
+      blocks: the kernel's sizes in place of those of `tpu.BLOCKS`, or of `gpu.BLOCKS` with "mosaic_gpu".
       mesh: runs through `shard_map` on it, also where it has one device: images split by `data` and `fsdp`, heads by
         `tensor`.
 
@@ -101,7 +102,7 @@ def _check(q, k, v, size, form: str | None):
 
 def _parts(q, k, v, bias, *, row: bool, form: str | None, blocks: Blocks | gpu.Blocks | None) -> Parts:
     chip = gpu if form == "mosaic_gpu" else tpu
-    blocks = chip.blocks_for() if blocks is None else blocks
+    blocks = dispatch.sizes(chip.BLOCKS, chip.Blocks()) if blocks is None else blocks
     reason = None if form == "xla" else chip.refusal(q, k, v, bias, blocks)
     if form == "xla" or (form is None and reason):
         return reference.token_attention(q, k, v, bias, row)
@@ -140,12 +141,12 @@ def _sharded(call, mesh: Mesh, q, k, v, bias, row: bool) -> Parts:
         parts = parts._replace(keys=jax.lax.pmean(parts.keys, HEADS))
         return parts if parts.squares is None else parts._replace(squares=jax.lax.psum(parts.squares, HEADS))
 
-    split, images = PartitionSpec(DATA, HEADS), PartitionSpec(DATA)
+    split, images = PartitionSpec(dispatch.IMAGES, HEADS), PartitionSpec(dispatch.IMAGES)
     out_specs = Parts(split, images, *((split, images) if row else (None, None)))
     biased = None
     if bias is not None:
         biased = PartitionSpec(
-            *(axis if size > 1 else None for axis, size in zip((DATA, HEADS), bias.shape[:2], strict=True))
+            *(axis if size > 1 else None for axis, size in zip((dispatch.IMAGES, HEADS), bias.shape[:2], strict=True))
         )
     # Kernels say nothing of which axes their results vary over when they are interpreted.
     mapped = jax.shard_map(

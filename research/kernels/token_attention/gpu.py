@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from research.kernels.token_attention.reference import Parts
+from research.kernels.token_attention.reference import Parts, bias_refusal
 from research.layers.token_scores import head_mean
 
 DTYPES = (jnp.bfloat16, jnp.float16)  # of float32 the tensor cores would see 10 bits
@@ -40,13 +40,8 @@ class Blocks(NamedTuple):
     stages: int = 2
 
 
-# By `device_kind`; none has been tuned on hardware, where all take the default.
+# By `device_kind`, see `dispatch.sizes`; none has been tuned on hardware.
 BLOCKS: dict[str, Blocks] = {}
-
-
-def blocks_for(device_kind: str | None = None) -> Blocks:
-    """The sizes for a kind of device, the default for one that has none of its own."""
-    return BLOCKS.get(device_kind, Blocks())
 
 
 def shared_bytes(dim: int, blocks: Blocks) -> int:
@@ -59,8 +54,8 @@ def refusal(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, bl
     """Why the kernel cannot take these operands; None where it can."""
     if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
         return f"it takes bfloat16 or float16 throughout, not q {q.dtype}, k {k.dtype}, v {v.dtype}"
-    if bias is not None and bias.shape[1:3] != (1, 1):
-        return f"it takes a bias of keys alone, (B or 1, 1, 1, N), not {bias.shape}"
+    if reason := bias_refusal(bias):
+        return reason
     if (dim := q.shape[-1]) % 16 or not 0 < dim <= 128:
         return f"it takes heads of 16, 32, ... 128 channels, not {dim}"
     if blocks.keys % 64 or not 0 < blocks.keys <= 256 or blocks.stages < 1:
@@ -76,17 +71,15 @@ def token_attention(
     v: jax.Array,
     bias: jax.Array | None,
     row: bool,
-    blocks: Blocks | None = None,
+    blocks: Blocks,
     interpret: Any = None,
 ) -> Parts:
     """As `reference.token_attention`, of operands without `refusal`; scores are kept in float32 here.
 
     Args:
-      blocks: `blocks_for()` by default.
       interpret: parameters of Mosaic GPU's interpreter, on any platform, slowly, for tests.
     """
     batch, heads, tokens, dim = q.shape
-    blocks = blocks_for() if blocks is None else blocks
     parts, steps = pl.cdiv(tokens, QUERIES), pl.cdiv(tokens, blocks.keys)
     keys = _split(k, steps, blocks.keys).swapaxes(-1, -2)
     operands = (_split(q, parts, QUERIES), keys, _split(v, steps, blocks.keys), _biases(bias, q, steps, blocks.keys))

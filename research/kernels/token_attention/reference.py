@@ -28,6 +28,13 @@ class Parts(NamedTuple):
     squares: jax.Array | None = None
 
 
+def bias_refusal(bias: jax.Array | None) -> str | None:
+    """Why no kernel takes a bias; None where it can."""
+    if bias is not None and bias.shape[1:3] != (1, 1):
+        return f"it takes a bias of keys alone, (B or 1, 1, 1, N), not {bias.shape}"
+    return None
+
+
 def token_attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, row: bool) -> Parts:
     """Queries, keys, values (B, H, N, D) and a bias that `attend` takes; `row` asks for the last two parts."""
     parts = Parts(attend(q, k, v, bias), head_mean(k))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from research.kernels.token_attention.reference import Parts
+from research.kernels.token_attention.reference import Parts, bias_refusal
 
 LANES = 128
 SUBLANES = 8
@@ -33,13 +33,8 @@ class Blocks(NamedTuple):
     vmem: int = 32 * 2**20
 
 
-# By `device_kind`; none has been tuned on hardware, where all take the default.
+# By `device_kind`, see `dispatch.sizes`; none has been tuned on hardware.
 BLOCKS: dict[str, Blocks] = {}
-
-
-def blocks_for(device_kind: str | None = None) -> Blocks:
-    """The sizes for a kind of device, the default for one that has none of its own."""
-    return BLOCKS.get(device_kind, Blocks())
 
 
 def vmem_bytes(shape: tuple[int, ...], dtype, blocks: Blocks) -> int:
@@ -60,8 +55,8 @@ def refusal(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, bl
     """Why the kernel cannot take these operands; None where it can."""
     if {q.dtype, k.dtype, v.dtype} - {jnp.dtype(t) for t in DTYPES} or not q.dtype == k.dtype == v.dtype:
         return f"it takes float32 or bfloat16 throughout, not q {q.dtype}, k {k.dtype}, v {v.dtype}"
-    if bias is not None and bias.shape[1:3] != (1, 1):
-        return f"it takes a bias of keys alone, (B or 1, 1, 1, N), not {bias.shape}"
+    if reason := bias_refusal(bias):
+        return reason
     if (needed := vmem_bytes(q.shape, q.dtype, blocks)) > blocks.vmem:
         return f"{q.shape[2]} tokens of {q.shape[1]} heads need {needed} bytes of VMEM of {blocks.vmem}"
     return None
@@ -73,17 +68,15 @@ def token_attention(
     v: jax.Array,
     bias: jax.Array | None,
     row: bool,
-    blocks: Blocks | None = None,
+    blocks: Blocks,
     interpret: bool = False,
 ) -> Parts:
     """As `reference.token_attention`, of operands without `refusal`; scores are kept in float32 here.
 
     Args:
-      blocks: `blocks_for()` by default.
       interpret: on any platform, slowly, for tests.
     """
     batch, heads, tokens, dim = q.shape
-    blocks = blocks_for() if blocks is None else blocks
     queries = _queries(tokens, blocks)
     joined = [x.swapaxes(1, 2).reshape(batch, tokens, heads * dim) for x in (q, k, v)]
     some = pl.BlockSpec((1, queries, heads * dim), lambda b, i: (b, i, 0))

@@ -48,7 +48,7 @@ def token_matching(
       size: how many tokens each stands for (B, N), by which means are weighted; all one by default.
       class_token, distill_token: whether tokens 0 and 1 are such and take no part.
       form, mesh: see `research.kernels.dispatch.run`.
-      blocks: the kernel's sizes in place of `tpu.blocks_for`.
+      blocks: the kernel's sizes in place of those of `tpu.BLOCKS`.
 
     Raises:
       ValueError: shapes that do not fit, a distillation token without the class token before it, an unknown form;
@@ -64,7 +64,7 @@ def token_matching(
     r = reference.removable(count, r, class_token, distill_token)
     if r == 0:
         return Merged(x, size, still(batch, count))
-    blocks = tpu.blocks_for() if blocks is None else blocks
+    blocks = dispatch.sizes(tpu.BLOCKS, Blocks()) if blocks is None else blocks
     options = {"r": r, "class_token": class_token, "distill_token": distill_token}
     op = dispatch.Op(
         plan=lambda x, metric, size: reference.bipartite(metric, **options),

@@ -13,13 +13,8 @@ from research.kernels import mosaic
 from research.kernels.mosaic import Blocks, Rows
 from research.layers.token_moves import Moves
 
-# By `device_kind`; none has been tuned on hardware, where all take the default.
+# By `device_kind`, see `dispatch.sizes`; none has been tuned on hardware.
 BLOCKS: dict[str, Blocks] = {}
-
-
-def blocks_for(device_kind: str | None = None) -> Blocks:
-    """The sizes for a kind of device, the default for one that has none of its own."""
-    return BLOCKS.get(device_kind, Blocks())
 
 
 def refusal(x: jax.Array, metric: jax.Array, size: jax.Array, blocks: Blocks) -> str | None:

@@ -48,7 +48,7 @@ def token_select(
         EViT, equation 5), its size the sum of theirs. Otherwise they are lost. In both cases `moves` lists them by
         position.
       form, mesh: see `research.kernels.dispatch.run`.
-      blocks: the kernel's sizes in place of `tpu.blocks_for`.
+      blocks: the kernel's sizes in place of those of `tpu.BLOCKS`.
 
     A kernel takes kept tokens and sizes as they are, to the bit.
 
@@ -66,7 +66,7 @@ def token_select(
         raise ValueError(f"keep={keep} is not between 0 and the {patches} tokens that have scores")
     if patches == count and not keep + fuse:
         raise ValueError("keep=0 leaves no token at all: keep one, or fuse=True")
-    blocks = tpu.blocks_for() if blocks is None else blocks
+    blocks = dispatch.sizes(tpu.BLOCKS, Blocks()) if blocks is None else blocks
     op = dispatch.Op(
         plan=lambda x, scores, size: reference.best(scores, keep, count - patches, fuse),
         apply=lambda moves, x, scores, size: reference.taken(moves, x, scores, size, fuse),
