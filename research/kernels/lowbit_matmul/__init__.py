@@ -5,37 +5,80 @@
     y = lowbit_matmul(x, weight, bias, activation_bits=8)                  # W8A8, W4A8; 4 for W4A4
 
 Scales, zero points and bias are part of the op. Where activations have bits, each token is quantised by its largest
-magnitude and products are exact integers. The gradient is that of the activations alone, as if they had not been
-quantised (straight-through): the weight is a constant. `xnor_matmul` takes one bit of both.
+magnitude and products are exact integers. The gradient is that of the activations and the bias alone, as if they had
+not been quantised (straight-through): the weight is a constant. `xnor_matmul` takes one bit of both.
 
-On all platforms this is `reference.py`, compiled by XLA; `layout.py` says how the weights lie.
+`reference.py` is the meaning and the form that XLA compiles, `layout.py` says how the weights lie, `KERNELS` lists the
+platforms that have a form of their own.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
+from research.kernels import dispatch
 from research.kernels.binary_matmul import words
 from research.kernels.lowbit_matmul import reference
 from research.kernels.lowbit_matmul.layout import PLANES, Packed, pack_codes, unpack_codes
 from research.layers.norm import accumulation_dtype
 
-__all__ = ["PLANES", "Packed", "lowbit_matmul", "pack_codes", "unpack_codes", "xnor_matmul"]
+__all__ = ["FORMS", "PLANES", "Packed", "lowbit_matmul", "pack_codes", "unpack_codes", "xnor_matmul"]
 
 ACTIVATION_BITS = tuple(range(2, 9))
+FORMS = ("xla", "kernel")
+COLUMNS = "tensor"  # the axis of a mesh that splits outputs
+
+
+class Kernel(NamedTuple):
+    """What a platform has of its own.
+
+    Fields:
+      product: (x (M, K), weight, bias (N,) or None, activation bits or None) -> (M, N) in the dtype of x or wider; the
+        weight has no `order`, the columns of x are in it.
+      refusal: (x, weight, activation bits) -> why it cannot take them; None where it can.
+    """
+
+    product: Callable[..., jax.Array]
+    refusal: Callable[..., str | None]
+
+
+def _weight_only(product: Callable, refusal: Callable) -> Kernel:
+    """The kernel of (x, weight) -> (M, N) and (x, weight) -> refusal, which leave bias and quantised inputs to XLA."""
+    return Kernel(
+        lambda x, weight, bias, bits: _biased(product(x, weight), bias),
+        lambda x, weight, bits: refusal(x, weight) if bits is None else "it takes no quantised activations",
+    )
+
+
+# By the platform that a program is lowered for.
+KERNELS: dict[str, Kernel] = {}
 
 
 def lowbit_matmul(
-    x: jax.Array, weight: Packed, bias: jax.Array | None = None, *, activation_bits: int | None = None
+    x: jax.Array,
+    weight: Packed,
+    bias: jax.Array | None = None,
+    *,
+    activation_bits: int | None = None,
+    form: str | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """(..., K) by a packed weight (K, N), plus a bias (N,) -> (..., N) in the dtype of x.
 
     Args:
       activation_bits: 2 to 8 quantises x by token; None leaves it.
+      form: "xla" everywhere; "kernel", the form of `KERNELS` of the platform that the program is lowered for, and XLA's
+        where there is none or it refuses the operands. By default "kernel" where there is a mesh, or no more than one
+        device, and "xla" otherwise: a kernel in a program that JAX partitions by itself does not compile.
+      mesh: runs through `shard_map` on it, also where it has one device: the first axis of x split by `data` and
+        `fsdp`, outputs by `tensor`, each where it divides.
     Raises:
-      ValueError: shapes that do not fit, or other bits.
+      ValueError: shapes that do not fit, other bits, an unknown form.
     """
     k, n = weight.shape
     if x.shape[-1:] != (k,) or (bias is not None and bias.shape != (n,)):
@@ -43,9 +86,11 @@ def lowbit_matmul(
         raise ValueError(f"shapes do not fit: x {x.shape}, weight {(k, n)}, bias {shape}")
     if activation_bits is not None and activation_bits not in ACTIVATION_BITS:
         raise ValueError(f"activation_bits: {activation_bits} is not from 2 to 8, nor None for real activations")
-    product = _product(activation_bits, x.reshape(-1, k), weight)
-    product = product if bias is None else product + bias.astype(product.dtype)[None]
-    return product.astype(x.dtype).reshape(*x.shape[:-1], n)
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form: {form!r} is none of {', '.join(FORMS)}")
+    form = form or ("kernel" if mesh is not None or _alone() else "xla")
+    call = functools.partial(_flat, bits=activation_bits, form=form)
+    return call(x, weight, bias) if mesh is None else _sharded(call, mesh, x, weight, bias)
 
 
 def xnor_matmul(x: jax.Array, weight: jax.Array, alpha: jax.Array) -> jax.Array:
@@ -65,24 +110,70 @@ def xnor_matmul(x: jax.Array, weight: jax.Array, alpha: jax.Array) -> jax.Array:
     return reference.xnor(signs, weight, k, alpha).reshape(*x.shape[:-1], alpha.size)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(bits: int | None, x: jax.Array, weight: Packed) -> jax.Array:
+def _alone() -> bool:
+    """Whether no program of this process can be partitioned."""
+    return jax.device_count() == 1 and jax.sharding.get_abstract_mesh().size <= 1
+
+
+def _flat(x: jax.Array, weight: Packed, bias: jax.Array | None, bits: int | None, form: str) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    return _product(bits, form, rows, weight, bias).astype(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def _sharded(call: Callable, mesh: Mesh, x: jax.Array, weight: Packed, bias: jax.Array | None) -> jax.Array:
+    """`call` on every device's own tokens and outputs."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    tokens = dispatch.IMAGES if x.ndim > 1 and x.shape[0] % devices == 0 else None
+    columns = COLUMNS if weight.shape[1] % mesh.shape[COLUMNS] == 0 else None
+    of_weight = lambda a: PartitionSpec(None, columns if a.ndim == 2 and a.shape[1] > 1 else None)
+    specs = jax.tree.map(of_weight, weight).replace(order=None if weight.order is None else PartitionSpec())
+    leading = [tokens, *[None] * (x.ndim - 2)] if x.ndim > 1 else []
+    # Kernels say nothing of which axes their results vary over when they are interpreted.
+    mapped = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=(PartitionSpec(*leading), specs, PartitionSpec(columns)),
+        out_specs=PartitionSpec(*leading, columns),
+        check_vma=False,
+    )
+    return mapped(x, weight, bias)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(bits: int | None, form: str, x: jax.Array, weight: Packed, bias: jax.Array | None) -> jax.Array:
+    x, weight = reference.in_order(x, weight), weight.replace(order=None)
+    kernels = {} if form == "xla" else KERNELS
+    fit = {name: kernel.product for name, kernel in kernels.items() if kernel.refusal(x, weight, bits) is None}
+    call = lambda product: lambda x, weight, bias: product(x, weight, bias, bits).astype(x.dtype)
+    return jax.lax.platform_dependent(
+        x, weight, bias, **{name: call(product) for name, product in fit.items()}, default=call(_reference)
+    )
+
+
+def _reference(x: jax.Array, weight: Packed, bias: jax.Array | None, bits: int | None) -> jax.Array:
     if bits is None:
-        return reference.weight_only(x, weight)
-    return reference.integers(reference.quantize_tokens(reference.in_order(x, weight), bits), weight)
+        return _biased(reference.weight_only(x, weight), bias)
+    return _biased(reference.integers(reference.quantize_tokens(x, bits), weight), bias)
 
 
-def _forward(bits, x, weight):
-    # The dtype of x is kept as that of an empty array: residuals are arrays.
-    return _product(bits, x, weight), (jnp.zeros((0,), x.dtype), weight)
+def _biased(product: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return product if bias is None else product + bias.astype(product.dtype)[None]
 
 
-def _backward(bits, kept, cotangent):
-    empty, weight = kept
-    gradient = cotangent @ reference.dequantize(weight, accumulation_dtype(cotangent)).T
+def _forward(bits, form, x, weight, bias):
+    # Dtypes are kept as those of empty arrays: residuals are arrays.
+    empty = lambda array: None if array is None else jnp.zeros((0,), array.dtype)
+    return _product(bits, form, x, weight, bias), (empty(x), weight, empty(bias))
+
+
+def _backward(bits, form, kept, cotangent):
+    of_x, weight, of_bias = kept
+    wide = cotangent.astype(accumulation_dtype(cotangent))
+    gradient = wide @ reference.dequantize(weight, wide.dtype).T
     if weight.order is not None:
         gradient = jnp.zeros_like(gradient).at[:, weight.order].set(gradient)
-    return gradient.astype(empty.dtype), jax.tree.map(_no_gradient, weight)
+    bias = None if of_bias is None else jnp.sum(wide, axis=0).astype(of_bias.dtype)
+    return gradient.astype(of_x.dtype), jax.tree.map(_no_gradient, weight), bias
 
 
 def _no_gradient(leaf: jax.Array):
