@@ -3,8 +3,8 @@
 Coarse: values beyond T = Q3 + reach (Q3 - Q1) are candidates, with Q1 and Q3 two quantiles of all values. Fine: the
 sorted candidates split in two where the gap between both parts is large and the part that stays varies little,
 
-    largest  gap^2 - variance(those that stay)       Rule PAPER
-    largest  gap - variance(those that stay)         Rule OFFICIAL
+    largest  gap^2 - variance(those that stay)       Criterion PAPER
+    largest  gap - variance(those that stay)         Criterion OFFICIAL
 
 and what lies beyond the largest one that stays is an outlier. A single candidate does not split and is one. Of more,
 one stays at least: of two large values and no other candidate only one is an outlier, in the public code too. Weights
@@ -30,7 +30,7 @@ from research.layers.norm import accumulation_dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Criterion:
     """What counts as an outlier, and how far it is scaled down.
 
     Fields:
@@ -57,8 +57,8 @@ class Rule:
             raise ValueError(f"quantiles: {self.quantiles} are not two ascending shares from 0 to 1")
 
 
-PAPER = Rule()
-OFFICIAL = Rule(quantiles=(0.2, 0.8), squared=False, exponent=0.7, sides=True)
+PAPER = Criterion()
+OFFICIAL = Criterion(quantiles=(0.2, 0.8), squared=False, exponent=0.7, sides=True)
 
 
 class Cut(NamedTuple):
@@ -76,7 +76,7 @@ class Cut(NamedTuple):
     count: jax.Array
 
 
-def cut(values: jax.Array, rule: Rule = PAPER, fewest: bool = True) -> Cut:
+def cut(values: jax.Array, rule: Criterion = PAPER, fewest: bool = True) -> Cut:
     """Finds the outliers at the upper end of an array of any shape, in float32 or better.
 
     Args:
@@ -102,13 +102,13 @@ def cut(values: jax.Array, rule: Rule = PAPER, fewest: bool = True) -> Cut:
     return Cut(coarse, limit, jnp.where(fine, limit, coarse), jnp.int32(x.size - 1 - last))
 
 
-def truncate(w: jax.Array, rule: Rule = PAPER) -> jax.Array:
+def truncate(w: jax.Array, rule: Criterion = PAPER) -> jax.Array:
     """Weights whose magnitudes end at the largest one that is no outlier, in their dtype."""
     limit = cut(jnp.abs(w), rule).limit.astype(w.dtype)
     return jnp.clip(w, -limit, limit)
 
 
-def factors(low: jax.Array, high: jax.Array, rule: Rule = OFFICIAL) -> jax.Array:
+def factors(low: jax.Array, high: jax.Array, rule: Criterion = OFFICIAL) -> jax.Array:
     """By what each channel of activations is divided, (K,), 1 or more: 1 for channels without outliers.
 
     Args:
@@ -120,7 +120,7 @@ def factors(low: jax.Array, high: jax.Array, rule: Rule = OFFICIAL) -> jax.Array
     return jnp.maximum(_factors(high, rule, fewest=True), _factors(-low, rule, fewest=False))
 
 
-def _factors(values: jax.Array, rule: Rule, fewest: bool) -> jax.Array:
+def _factors(values: jax.Array, rule: Criterion, fewest: bool) -> jax.Array:
     """Scales of one side; 1 where the largest that stays is not positive and so is no measure of a magnitude."""
     values = values.astype(accumulation_dtype(values))
     limit = cut(values, rule, fewest).limit

@@ -24,10 +24,10 @@ def factors(activations: jax.Array, kernels: Sequence[jax.Array], alpha: float =
 
 
 def fold(norm: Sequence[jax.Array], kernels: Sequence[jax.Array], factors: jax.Array) -> tuple[list, list]:
-    """(scale and bias of the norm that makes the activations, kernels that read them) with the same products.
+    """(parameters of what makes the activations, kernels that read them) with the same products.
 
     Args:
-      norm: arrays (K,), such as (scale,) or (scale, bias); kernels: (K, N...).
+      norm: arrays (..., K): scale and bias of a norm, kernel and bias of a dense layer; kernels: (K, N...).
     """
     scaled = [w * factors.astype(w.dtype).reshape(-1, *[1] * (w.ndim - 1)) for w in kernels]
-    return [parameter / factors.astype(parameter.dtype) for parameter in norm], scaled
+    return [p / factors.astype(p.dtype).reshape(*[1] * (p.ndim - 1), -1) for p in norm], scaled

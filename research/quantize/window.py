@@ -71,12 +71,14 @@ def start(
     key: jax.Array,
     rank: int = 5,
     nearest: bool = True,
+    learn_inputs: bool = True,
 ) -> tuple[Learned, Fixed]:
     """Where learning begins: A1 is normal, A2 zero.
 
     Args:
-      ranges: largest magnitudes of what enters the weights whose scheme has `inputs`, by name.
+      ranges: largest magnitudes of what enters the weights whose inputs have learned steps, by name.
       nearest: v0 rounds to nearest; False is the paper's form without v0, which begins with halves everywhere.
+      learn_inputs: inputs have one learned step each, as in the paper; else tokens are rounded by their largest value.
     Raises:
       ValueError: a form without zero points, or a scheme for a weight that is not there.
     """
@@ -94,7 +96,7 @@ def start(
         fixed.v0[name] = grids.unite(v0, w, scheme.form)
         a1 = jax.random.normal(own, (w.shape[0], rank), w.dtype)
         learned.factors[name] = a1, jnp.zeros((rank, w.size // w.shape[0]), w.dtype)
-        if scheme.inputs is not None:
+        if scheme.inputs is not None and learn_inputs:
             largest = jnp.maximum(ranges[name].astype(w.dtype), grids.SMALLEST)
             learned.inputs[name] = largest / (2 ** (scheme.inputs - 1) - 1)
     return learned, fixed
@@ -116,13 +118,8 @@ def run_quantized(
 ) -> jax.Array:
     """Blocks with the rounding that is being learned, and quantised inputs; differentiable in `learned` and x."""
     for block, own, rest, scheme in zip(blocks, learned, fixed, schemes, strict=True):
-
-        def enter(name, entering, own=own, scheme=scheme):
-            bits = scheme[name].inputs if name in scheme else None
-            return entering if bits is None else _stepped(entering, own.inputs[name], bits)
-
         softened = {name: _soft(name, own, rest, scheme[name].form) for name in scheme}
-        x = block({**rest.weights, **softened}, x, enter)
+        x = block({**rest.weights, **softened}, x, rounded(scheme, own.inputs))
     return x
 
 
@@ -198,7 +195,21 @@ def finish(learned: Learned, fixed: Fixed, schemes: Mapping[str, Scheme]) -> dic
     return {name: _hard(name, learned, fixed, scheme.form) for name, scheme in schemes.items()}
 
 
-def _stepped(x: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+def rounded(schemes: Mapping[str, Scheme], steps: Weights) -> Enter:
+    """`enter` for quantised inputs: by their step where there is one, else each token by its largest magnitude."""
+
+    def enter(name: str, x: jax.Array) -> jax.Array:
+        bits = schemes[name].inputs if name in schemes else None
+        if bits is None:
+            return x
+        if name in steps:
+            return stepped(x, steps[name], bits)
+        return fake.fake_quantize(x, Form(bits, axis=-1, rule="absmax"))
+
+    return enter
+
+
+def stepped(x: jax.Array, step: jax.Array, bits: int) -> jax.Array:
     """As `fake.lsq`, but clipped after rounding: what rounds to the last code has the gradient of what lies within."""
     codes = fake.round_through(grids.divide(x.astype(step.dtype), step))
     return (step * grids.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)).astype(x.dtype)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.quantize.cfp import OFFICIAL, PAPER, Rule, cut, factors, truncate
+from research.quantize.cfp import OFFICIAL, PAPER, Criterion, cut, factors, truncate
 from research.quantize.smoothquant import fold
 
 CHANNELS = 40
@@ -81,7 +81,7 @@ def test_small_variances_of_large_numbers_count_in_float32():
     """Numbers around 4096 that vary by 0.1: sums of squares in float32 have errors of more than their variance."""
     kept, rng = 4096 + np.float32(0.1) * np.arange(20, dtype=np.float32), np.random.default_rng(4)
     values = np.concatenate([rng.uniform(0, 1, CHANNELS - 22), kept, [4099.5, 4099.7]]).astype(np.float32)
-    rule = Rule(quantiles=(0.0, 0.25), spread=0.5)
+    rule = Criterion(quantiles=(0.0, 0.25), spread=0.5)
     assert cut(jnp.asarray(values), rule).count == searched(values, rule)[2]
 
 
@@ -115,4 +115,4 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="values: an empty array"):
         cut(jnp.zeros(0))
     with pytest.raises(ValueError, match=r"quantiles: \(0.8, 0.2\) are not two ascending shares"):
-        Rule(quantiles=(0.8, 0.2))
+        Criterion(quantiles=(0.8, 0.2))

@@ -43,7 +43,7 @@ def _largest(values, count) -> np.ndarray:
     return np.sort(np.ravel(values))[values.size - int(count) :]
 
 
-def _official(meta: dict) -> preprocessing.Rule:
+def _official(meta: dict) -> preprocessing.Criterion:
     names = {"reach": "alpha", "exponent": "smooth_rate"}
     stated = {field: float(meta[name]) for field, name in names.items() if name in meta}
     return dataclasses.replace(preprocessing.OFFICIAL, **stated)
