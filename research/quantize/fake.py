@@ -99,3 +99,9 @@ def lsq(x: jax.Array, step: jax.Array, bits: int, signed: bool, examples: int | 
         step = straight_through(step, step * scale)
     wide = x.astype(step.dtype)
     return (step * round_through(clip(grids.divide(wide, step), low, high))).astype(x.dtype)
+
+
+def stepped(x: jax.Array, step: jax.Array, bits: int) -> jax.Array:
+    """As `lsq` with sign, but clipped after rounding: what rounds to the last code has the gradient of what is inside."""
+    codes = round_through(grids.divide(x.astype(step.dtype), step))
+    return (step * clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)).astype(x.dtype)

@@ -20,11 +20,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
 from research.kernels.lowbit_matmul import ACTIVATION_BITS, Packed, lowbit_matmul
-from research.quantize.fake import fake_quantize
+from research.quantize.fake import fake_quantize, stepped
 from research.quantize.grids import Form
 from research.quantize.quantized import Quantized, dequantize, pack, quantize, unpack
 
@@ -138,24 +139,27 @@ def is_few(leaf) -> bool:
     return isinstance(leaf, FEW)
 
 
-def apply(model: nn.Module, rules: Sequence[Rule] = ()) -> Callable:
+def apply(model: nn.Module, rules: Sequence[Rule] = (), steps: Mapping[str, jax.Array] | None = None) -> Callable:
     """`model.apply` in few bits: a function of variables and the model's arguments, to jit like any other.
 
     Args:
       rules: of activations; kernels come as they are, real or of few bits. Without rules activations stay real.
+      steps: of inputs by layer path, as `calibration.calibrate` learns them; others are rounded token by token.
     Returns:
       A function that raises ValueError for a rule that decides about no layer.
     """
 
     def run(variables, *args, **kwargs):
         match(variables.get("params", {}), rules)
-        with few_bits(rules):
+        with few_bits(rules, steps):
             return model.apply(variables, *args, **kwargs)
 
     return run
 
 
-def few_bits(rules: Sequence[Rule] = ()) -> contextlib.AbstractContextManager:
+def few_bits(
+    rules: Sequence[Rule] = (), steps: Mapping[str, jax.Array] | None = None
+) -> contextlib.AbstractContextManager:
     """A context in which dense layers take kernels of few bits, and inputs of as many bits as `rules` say.
 
     It acts while a function is traced: a function that was compiled outside of it stays as it is inside, and the other
@@ -174,12 +178,15 @@ def few_bits(rules: Sequence[Rule] = ()) -> contextlib.AbstractContextManager:
                     f"{type(layer).__name__}: give it a rule without bits, or real numbers by `fake`"
                 )
             return method(*args, **kwargs)
-        rule = first(rules, "/".join(layer.path))
+        path = "/".join(layer.path)
+        rule = first(rules, path)
         x, bits = args[0] if args else kwargs["inputs"], rule and rule.activation_bits
+        if bits is not None and path in (steps or {}):
+            x, bits = stepped(x, jnp.asarray(steps[path]), bits), None
         if is_few(kernel):
             return _product(layer, x, kernel, bits)
         if bits is None:
-            return method(*args, **kwargs)
+            return method(x)
         x = x if layer.dtype is None else x.astype(layer.dtype)
         return method(fake_quantize(x, Form(bits, axis=-1, rule="absmax")))
 

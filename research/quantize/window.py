@@ -203,16 +203,10 @@ def rounded(schemes: Mapping[str, Scheme], steps: Weights) -> Enter:
         if bits is None:
             return x
         if name in steps:
-            return stepped(x, steps[name], bits)
+            return fake.stepped(x, steps[name], bits)
         return fake.fake_quantize(x, Form(bits, axis=-1, rule="absmax"))
 
     return enter
-
-
-def stepped(x: jax.Array, step: jax.Array, bits: int) -> jax.Array:
-    """As `fake.lsq`, but clipped after rounding: what rounds to the last code has the gradient of what lies within."""
-    codes = fake.round_through(grids.divide(x.astype(step.dtype), step))
-    return (step * grids.clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)).astype(x.dtype)
 
 
 def _v(name: str, learned: Learned, fixed: Fixed) -> jax.Array:
