@@ -102,6 +102,6 @@ def lsq(x: jax.Array, step: jax.Array, bits: int, signed: bool, examples: int | 
 
 
 def stepped(x: jax.Array, step: jax.Array, bits: int) -> jax.Array:
-    """As `lsq` with sign, but clipped after rounding: what rounds to the last code has the gradient of what is inside."""
+    """As `lsq`, but clipped after rounding: what rounds to the last code has the gradient of what lies inside."""
     codes = round_through(grids.divide(x.astype(step.dtype), step))
     return (step * clip(codes, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)).astype(x.dtype)
