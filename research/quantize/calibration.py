@@ -157,6 +157,21 @@ def calibrate(
     return walk.result()
 
 
+def draw(tokens: np.ndarray, texts: int, context: int, seed: int = 0) -> np.ndarray:
+    """Calibration texts (texts, context) int32: windows that begin at random places of a text (T,), GPTQ's protocol.
+
+    Raises:
+      ValueError: no texts asked for, or a text that is shorter than a window.
+    """
+    tokens = np.asarray(tokens, np.int32).reshape(-1)
+    if texts < 1 or context < 1:
+        raise ValueError(f"texts={texts} of context={context} tokens: calibration needs at least one of each")
+    if len(tokens) < context:
+        raise ValueError(f"context={context}: the calibration text has {len(tokens)} tokens; lower it or give more text")
+    places = np.random.default_rng(seed).integers(0, len(tokens) - context + 1, texts)
+    return np.stack([tokens[place : place + context] for place in places])
+
+
 class _Walk:
     """Where calibration stands: the activations before the next block, and what was made of those before it."""
 
