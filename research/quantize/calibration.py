@@ -167,7 +167,7 @@ def draw(tokens: np.ndarray, texts: int, context: int, seed: int = 0) -> np.ndar
     if texts < 1 or context < 1:
         raise ValueError(f"texts={texts} of context={context} tokens: calibration needs at least one of each")
     if len(tokens) < context:
-        raise ValueError(f"context={context}: the calibration text has {len(tokens)} tokens; lower it or give more text")
+        raise ValueError(f"context={context}: the calibration text has {len(tokens)} tokens: give more, or lower it")
     places = np.random.default_rng(seed).integers(0, len(tokens) - context + 1, texts)
     return np.stack([tokens[place : place + context] for place in places])
 
