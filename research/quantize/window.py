@@ -115,10 +115,17 @@ def run_quantized(
     fixed: Sequence[Fixed],
     schemes: Sequence[Mapping[str, Scheme]],
     x: jax.Array,
+    decided: bool = False,
 ) -> jax.Array:
-    """Blocks with the rounding that is being learned, and quantised inputs; differentiable in `learned` and x."""
+    """Blocks with the rounding that is being learned, and quantised inputs; differentiable in `learned` and x.
+
+    Args:
+      decided: every weight is rounded up or down, as in the end, with the gradient of what is learned; else, as in the
+        paper, by a number between. With v0 of `start` that begins with the unquantised weights, and few of them are
+        moved to either end by A1 A2 of low rank: what is learned is then not what is used.
+    """
     for block, own, rest, scheme in zip(blocks, learned, fixed, schemes, strict=True):
-        softened = {name: _soft(name, own, rest, scheme[name].form) for name in scheme}
+        softened = {name: _soft(name, own, rest, scheme[name].form, decided) for name in scheme}
         x = block({**rest.weights, **softened}, x, rounded(scheme, own.inputs))
     return x
 
@@ -140,14 +147,16 @@ def window_loss(
     blocks: Sequence[Block],
     schemes: Sequence[Mapping[str, Scheme]],
     weight: jax.Array | float = 0.01,
+    decided: bool = False,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss above and its parts `rec`, `homologous` and `com`; all but the first argument are held constant.
 
     Args:
       wanted: of `targets`.
       beta: exponent of the regulariser, see `rounding.temperature`; weight: of it, c.
+      decided: see `run_quantized`.
     """
-    y = run_quantized(blocks, learned, fixed, schemes, rough)
+    y = run_quantized(blocks, learned, fixed, schemes, rough, decided)
     shares = [
         rounding.share(_v(name, own, rest)) for own, rest in zip(learned, fixed, strict=True) for name in own.factors
     ]
@@ -214,10 +223,12 @@ def _v(name: str, learned: Learned, fixed: Fixed) -> jax.Array:
     return fixed.v0[name] + (a1 @ a2).reshape(fixed.v0[name].shape)
 
 
-def _soft(name: str, learned: Learned, fixed: Fixed, form: Form) -> jax.Array:
+def _soft(name: str, learned: Learned, fixed: Fixed, form: Form, decided: bool = False) -> jax.Array:
     w = fixed.weights[name]
     parts, grid = _split(w, Grid(learned.steps[name], fixed.zeros[name]), form)
-    added = grids.blocks(rounding.share(_v(name, learned, fixed)), form)
+    v = _v(name, learned, fixed)
+    added = rounding.share(v)
+    added = grids.blocks(fake.straight_through((v >= 0).astype(v.dtype), added) if decided else added, form)
     return grids.unite(rounding.soft(parts, grid, added, form.bits, through=True), w, form)
 
 

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.language.causal import Shared
 from research.quantize import cfp, rounding, window
 from research.quantize.calibration import Outcome, Problem, batches, observe
-from research.quantize.sequence import Blocks, Schemes, folded, kernel
+from research.quantize.sequence import Schemes, folded, kernel
 from research.quantize.window import Fixed, Learned
 
 CRITERIA = {"paper": cfp.PAPER, "official": cfp.OFFICIAL}
@@ -32,6 +31,7 @@ class Cbq:
         of inputs (likewise), and of A1 and A2. The paper's are not known.
       rank: of A1 and A2; nearest: rounding begins at nearest, else as in the paper at halves.
       decide: weight of the regulariser that drives rounding to 0 or 1; hold: share of the steps without it.
+      decided: learning runs with weights rounded up or down for good, see `window.run_quantized`; False is the paper's.
       truncate, scale: CBQ's pre-processing of weights and of activations, by a criterion of `CRITERIA` or "" for none.
       learn_inputs: inputs get one learned step; else tokens are rounded by their largest magnitude.
     """
@@ -47,6 +47,7 @@ class Cbq:
     nearest: bool = True
     decide: float = 0.01
     hold: float = 0.2
+    decided: bool = True
     truncate: str = "paper"
     scale: str = "official"
     learn_inputs: bool = True
@@ -76,6 +77,7 @@ class Cbq:
                 blocks=problem.blocks,
                 schemes=schemes,
                 rates=rates,
+                decided=self.decided,
             )
         finish = zip(learned, fixed, schemes, strict=True)
         return [
@@ -146,12 +148,12 @@ def _targets(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     return tuple(found)
 
 
-@functools.partial(jax.jit, static_argnames=("blocks", "schemes", "rates"), donate_argnums=(0, 1))
-def _learn(learned, moments, fixed, rough, wanted, beta, weight, shared: Shared, *, blocks: Blocks, schemes, rates):
+@functools.partial(jax.jit, static_argnames=("blocks", "schemes", "rates", "decided"), donate_argnums=(0, 1))
+def _learn(learned, moments, fixed, rough, wanted, beta, weight, shared, *, blocks, schemes, rates, decided):
     """`window.update` of blocks that are all computed alike."""
     own = [blocks.block(shared)] * len(schemes)
     rule = window.optimizer(*rates)
-    options = {"blocks": own, "schemes": schemes, "weight": weight, "rule": rule}
+    options = {"blocks": own, "schemes": schemes, "weight": weight, "rule": rule, "decided": decided}
     return window.update(learned, moments, fixed, rough, wanted, beta, **options)
 
 
