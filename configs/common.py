@@ -14,7 +14,7 @@ def base() -> ConfigDict:
     c.steps_per_epoch = 0  # filled in from the data
 
     c.data = ConfigDict()
-    c.data.kind = "digits"  # digits, folder, zip, arrayrecord, tfds, arrays, fractals
+    c.data.kind = "digits"  # digits, folder, zip, arrayrecord, tfds, arrays, fractals, text
     c.data.path = ""
     c.data.split = "train"
     c.data.num_classes = 0  # 0: from the data; another number must equal it

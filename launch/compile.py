@@ -30,7 +30,7 @@ from research.core import config as configs
 from research.core import cost, runner, sharding
 from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
-from research.data import labelled_views
+from research.data import labelled_views, text
 from research.pods import aot, chips, fit, measure, tables
 from research.pods.chips import Topology
 from research.pods.measure import Measured
@@ -95,11 +95,20 @@ def find_data(config: ConfigDict, examples: int) -> train.Data:
 
 
 def batch_shapes(config: ConfigDict, step: str, rows: jax.sharding.Sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `research.data.pipeline` gives to a step: images, labels, indices, the mask, and labels that are stored."""
+    """What `research.data.pipeline` gives to a step: images, labels, indices, the mask, and labels that are stored.
+
+    Of text it is windows of tokens, indices and the mask.
+    """
     train_step = step == "train"
     size = config.augment.size if train_step else config.eval.size
     count = config.batch_size if train_step else config.eval.batch_size or config.batch_size
     of = lambda dtype, *shape: jax.ShapeDtypeStruct((count, *shape), dtype, sharding=rows)
+    if config.data.kind == "text":
+        return {
+            "tokens": of(jnp.int32, text.context_of(config.data.options)),
+            "index": of(jnp.int32),
+            "mask": of(jnp.float32),
+        }
     found = {
         "image": of(jnp.uint8, size, size, 3),
         "label": of(jnp.int32),

@@ -44,7 +44,7 @@ class Data(NamedTuple):
     train: sources.Source
     eval: sources.Source
     train_transform: Callable[[dict, np.random.Generator], dict]
-    eval_transform: transforms.Eval
+    eval_transform: Callable[[dict, np.random.Generator | None], dict]
 
 
 def open_data(config: ConfigDict) -> Data:
@@ -57,11 +57,13 @@ def open_data(config: ConfigDict) -> Data:
         raise UserError(
             f"eval.split: {held_out.name} has {held_out.num_classes} classes, {train.name} has {train.num_classes}"
         )
-    train_transform = transforms.build(train=True, **config.augment)
+    train_transform = train.transform(True) or transforms.build(train=True, **config.augment)
     if stored := config.get("teacher", {}).get("labels"):
         mixing = views.Mixing(**{key: config.mix[key] for key in views.MIX})
         train_transform = labelled_views.transform_of(stored, train, train_transform, mixing)
-    eval_transform = transforms.build(train=False, size=config.eval.size, crop=config.eval.crop)
+    eval_transform = held_out.transform(False) or transforms.build(
+        train=False, size=config.eval.size, crop=config.eval.crop
+    )
     return Data(train, held_out, train_transform, eval_transform)
 
 
@@ -186,6 +188,8 @@ def run(
     configs.claim(workdir, config)  # whatever is wrong with the config was found before the folder is made
     train_teachers(resolved)
     environment.write(workdir)
+    if jax.process_index() == 0:
+        data.train.leave(workdir)
     costs = experiment.costs()
     schedule = plan(resolved)
     if steps:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from research.core import storage
 from research.core.errors import UserError
 
 
@@ -48,6 +49,14 @@ class Source:
     def _inside(self, index: int) -> None:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.name} has {len(self)} examples, no number {index}")
+
+    def transform(self, train: bool):
+        """`(example, rng) -> row of a batch`, where the kind of data settles it; None for images: the config does."""
+        del train
+
+    def leave(self, folder: storage.Path) -> None:
+        """Writes into a run's folder what who uses the trained model has to know of the data; nothing of images."""
+        del folder
 
     def where(self, index: int) -> str:
         """Names example `index` for a person: a file, an archive's entry, or a number."""

@@ -1,4 +1,4 @@
-"""Opens sources of labelled images: `source(kind, path, split)`.
+"""Opens sources of labelled images, and of text: `source(kind, path, split)`.
 
 Opening reads names and labels only, and images one by one. Order, repetition and sharding belong to
 research.data.pipeline, decoding and augmentation to research.data.transforms.
@@ -16,6 +16,7 @@ from research.data import files
 from research.data.base import Source, choose_split, existing, nearest
 from research.data.fractals import Fractals
 from research.data.shards import METADATA, open_shards
+from research.data.text import Text
 
 
 class Arrays(Source):
@@ -178,6 +179,7 @@ KINDS = {
     "arrays": arrays,
     "arrayrecord": open_shards,
     "fractals": Fractals,
+    "text": Text,
 }
 
 
@@ -202,17 +204,17 @@ def source(
     num_classes: int | None = None,
     **options,
 ) -> Source:
-    """Opens a source of labelled images.
+    """Opens a source of labelled images, or of text.
 
     Args:
-      kind: `digits`, `folder`, `zip`, `tfds`, `arrays`, `arrayrecord` or `fractals`; None tells folders, shards, .zip
-        and .npz files apart.
+      kind: `digits`, `folder`, `zip`, `tfds`, `arrays`, `arrayrecord`, `fractals` or `text`; None tells folders,
+        shards, .zip and .npz files of images apart.
       path: the folder, .zip or .npz file, the data_dir of TensorFlow Datasets, or the folder or `gs://` address of
         shards.
       split: the part to read, where the data has parts; `train`, `test` and `all` of digits; `test` of fractals.
       num_classes: the number of classes expected (0 or None: whatever the data has); for fractals, the number made.
       **options: `tfds_name` (tfds), `images` and `labels` (arrays), `cache` and `cache_gb` (arrayrecord), `size`,
-        `instances`, `seed`, `color` (fractals).
+        `instances`, `seed`, `color` (fractals), `files`, `tokenizer`, `vocab`, `context` (text).
     Raises:
       FileNotFoundError: nothing at `path`.
       UserError: unknown kind, option or split, an empty or unreadable dataset, or another number of classes.

@@ -7,7 +7,9 @@ is the exponential of the mean loss over all of them (GPTQ, Frantar et al. 2023,
 
 import functools
 import math
+import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,33 @@ def perplexity(apply: Callable, variables, tokens, *, context: int = 2048, batch
     if not math.isfinite(mean):
         raise ValueError(f"the model's loss on this text is {mean}: its weights or activations are not finite")
     return math.exp(mean)
+
+
+class Score(NamedTuple):
+    """What a model makes of a text.
+
+    Fields:
+      perplexity: of a token; word_perplexity: of a word, of which white space separates two; bits_per_byte: of UTF-8.
+      tokens, words, bytes: of the text.
+
+    The latter two of the first line compare models of different tokenisers. They count the tokens that are not asked
+    for (the first of a window, what is left over) as if they were as hard as the others.
+    """
+
+    perplexity: float
+    word_perplexity: float
+    bits_per_byte: float
+    tokens: int
+    words: int
+    bytes: int
+
+
+def score(apply: Callable, variables, tokens, text: str, **options) -> Score:
+    """The `Score` of a model on `text`, whose tokens are `tokens` (T,) int; options and errors as of `perplexity`."""
+    found, words, size = perplexity(apply, variables, tokens, **options), len(text.split()), len(text.encode())
+    total = math.log(found) * len(tokens)
+    of_words = math.exp(min(total / max(words, 1), math.log(sys.float_info.max)))
+    return Score(found, of_words, total / size / math.log(2), len(tokens), words, size)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,1 @@
+"""Language models: small ones trained from nothing on the text at hand."""

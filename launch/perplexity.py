@@ -1,0 +1,104 @@
+"""Perplexity of a language model on text.
+
+    python -m launch.perplexity --model runs/lm/model --data text.zip --files wikitext2/test.txt --context 256
+    python -m launch.perplexity --model /models/Llama-2-7B-GPTQ --data wikitext-2/wiki.test.raw
+
+The model is a folder of Hugging Face's form (LLaMA, OPT), in real numbers or of few bits as AutoGPTQ and AutoAWQ write
+it; `launch.convert --run` makes one of a training. Texts are files of a folder or zip, one after the other. The
+protocol is that of papers on compressed models: windows of `--context` tokens that do not overlap, nothing asked of a
+window's first token. Prints a table, or with --json one JSON object.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from research.core import config as configs
+from research.core import storage
+from research.core.errors import UserError, cli
+from research.data import text as texts
+from research.language import checkpoint, perplexity, tokens
+from research.language.causal import CausalModel
+from research.quantize import checkpoints, rules
+
+CONTEXT = 2048
+BATCH_SIZE = 4
+
+
+def load(folder: storage.Path, dtype: str = "float32") -> tuple[Callable, checkpoint.Pretrained]:
+    """(apply, model with variables and config) of a folder, whose arrays may be of few bits."""
+    config = checkpoint.read_json(folder / "config.json")
+    few = "quantization_config" in config or any((folder / name).is_file() for name in checkpoints.SETTINGS_FILES)
+    found = (checkpoints if few else checkpoint).load(folder, dtype=jnp.dtype(dtype))
+    if not isinstance(found.model, CausalModel):
+        raise UserError(
+            f"--model: {folder} holds a {type(found.model).__name__}, which has no perplexity; LLaMA and OPT"
+        )
+    return (rules.apply(found.model) if few else found.model.apply), found
+
+
+def measure(options: argparse.Namespace) -> perplexity.Score:
+    """The score of a model on the text that the options name."""
+    apply, found = load(options.model, options.dtype)
+    most = found.config.get("max_position_embeddings") or CONTEXT
+    context = options.context or min(most, CONTEXT)
+    text = texts.BETWEEN.join(texts.read(options.data, options.files.split(","), "--files"))
+    ids = tokens.encode(tokens.load(options.tokenizer or options.model), text)
+    if len(ids) and np.max(ids) >= found.model.vocab_size:
+        raise UserError(
+            f"--tokenizer: it writes token {np.max(ids)}, but the model knows {found.model.vocab_size}: it is another "
+            "model's"
+        )
+    if context < 2 or len(ids) < context:
+        raise UserError(f"--context: {context}; give at least 2, and at most the text's {len(ids)} tokens")
+    return perplexity.score(apply, found.variables, ids, text, context=context, batch=options.batch_size)
+
+
+def table(score: perplexity.Score) -> Table:
+    """One row of what was measured."""
+    shown = Table(*(name.replace("_", " ") for name in score._fields))
+    shown.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in score))
+    return shown
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="python -m launch.perplexity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    found.add_argument("--model", required=True, type=storage.folder, metavar="FOLDER", help="config.json and weights")
+    found.add_argument("--data", required=True, help="folder, .zip or text file")
+    found.add_argument("--files", default="*", metavar="NAME,…", help="those of the folder or zip, * for anything; all")
+    found.add_argument("--tokenizer", help="its file or folder, if not in the model's")
+    found.add_argument("--context", type=int, help=f"tokens of a window; the model's, at most {CONTEXT}, by default")
+    found.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"windows at a time, {BATCH_SIZE} by default")
+    found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    found.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return found
+
+
+@cli
+def main(argv: list[str]) -> int:
+    options, extra = configs.parse_args(parser(), argv)
+    if extra:
+        raise UserError(f"{extra[0]}: a model has no config to change")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size: {options.batch_size} is not above 0")
+    score = measure(options)
+    if options.json:
+        print(json.dumps(score._asdict()))
+    else:
+        Console().print(table(score))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
