@@ -4,9 +4,9 @@
     python -m launch.perplexity --model /models/Llama-2-7B-GPTQ --data wikitext-2/wiki.test.raw
 
 The model is a folder of Hugging Face's form (LLaMA, OPT), in real numbers or of few bits as AutoGPTQ and AutoAWQ write
-it; `launch.convert --run` makes one of a training. Texts are files of a folder or zip, one after the other. The
-protocol is that of papers on compressed models: windows of `--context` tokens that do not overlap, nothing asked of a
-window's first token. Prints a table, or with --json one JSON object.
+it; `launch.convert --run` makes one of a training, `launch.quantize` one of few bits. Texts are files of a folder or
+zip, one after the other. The protocol is that of papers on compressed models: windows of `--context` tokens that do not
+overlap, nothing asked of a window's first token. Prints a table, or with --json one JSON object.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 from rich.console import Console
 from rich.table import Table
 
@@ -25,38 +26,55 @@ from research.core.errors import UserError, cli
 from research.data import text as texts
 from research.language import checkpoint, perplexity, tokens
 from research.language.causal import CausalModel
-from research.quantize import checkpoints, rules
+from research.quantize import checkpoints, inputs, rules
 
 CONTEXT = 2048
 BATCH_SIZE = 4
 
 
-def load(folder: storage.Path, dtype: str = "float32") -> tuple[Callable, checkpoint.Pretrained]:
-    """(apply, model with variables and config) of a folder, whose arrays may be of few bits."""
+def is_few(folder: storage.Path) -> bool:
+    """Whether the arrays of a model's folder are of few bits."""
     config = checkpoint.read_json(folder / "config.json")
-    few = "quantization_config" in config or any((folder / name).is_file() for name in checkpoints.SETTINGS_FILES)
+    return "quantization_config" in config or any((folder / name).is_file() for name in checkpoints.SETTINGS_FILES)
+
+
+def load(folder: storage.Path, dtype: str = "float32") -> tuple[Callable, checkpoint.Pretrained]:
+    """(apply, model with variables and config) of a folder, whose arrays and inputs may be of few bits."""
+    few, (settings, steps) = is_few(folder), inputs.read(folder)
     found = (checkpoints if few else checkpoint).load(folder, dtype=jnp.dtype(dtype))
     if not isinstance(found.model, CausalModel):
         raise UserError(
             f"--model: {folder} holds a {type(found.model).__name__}, which has no perplexity; LLaMA and OPT"
         )
-    return (rules.apply(found.model) if few else found.model.apply), found
+    return (rules.apply(found.model, settings, steps) if few or settings else found.model.apply), found
 
 
-def measure(options: argparse.Namespace) -> perplexity.Score:
-    """The score of a model on the text that the options name."""
-    apply, found = load(options.model, options.dtype)
-    most = found.config.get("max_position_embeddings") or CONTEXT
-    context = options.context or min(most, CONTEXT)
+def read(options: argparse.Namespace, found: checkpoint.Pretrained) -> tuple[tokenizers.Tokenizer, np.ndarray, str]:
+    """(tokeniser, tokens (T,), text) that the options name, for the model that was found."""
     text = texts.BETWEEN.join(texts.read(options.data, options.files.split(","), "--files"))
-    ids = tokens.encode(tokens.load(options.tokenizer or options.model), text)
+    tokenizer = tokens.load(options.tokenizer or options.model)
+    ids = tokens.encode(tokenizer, text)
     if len(ids) and np.max(ids) >= found.model.vocab_size:
         raise UserError(
             f"--tokenizer: it writes token {np.max(ids)}, but the model knows {found.model.vocab_size}: it is another "
             "model's"
         )
-    if context < 2 or len(ids) < context:
-        raise UserError(f"--context: {context}; give at least 2, and at most the text's {len(ids)} tokens")
+    return tokenizer, ids, text
+
+
+def context_of(options: argparse.Namespace, found: checkpoint.Pretrained, most: int) -> int:
+    """Tokens of a window, of a text of `most`: as asked for, or the model's."""
+    context = options.context or min(found.config.get("max_position_embeddings") or CONTEXT, CONTEXT)
+    if context < 2 or most < context:
+        raise UserError(f"--context: {context}; give at least 2, and at most the text's {most} tokens")
+    return context
+
+
+def measure(options: argparse.Namespace) -> perplexity.Score:
+    """The score of a model on the text that the options name."""
+    apply, found = load(options.model, options.dtype)
+    _, ids, text = read(options, found)
+    context = context_of(options, found, len(ids))
     return perplexity.score(apply, found.variables, ids, text, context=context, batch=options.batch_size)
 
 
