@@ -100,6 +100,22 @@ class Blocks:
     def count(self) -> int:
         return self.model.num_hidden_layers
 
+    def folds(self, weights: Mapping) -> tuple[Fold, ...]:
+        """The plan's folds that leave what this model computes as it is; `weights` are of one block.
+
+        A norm must have a scale and stand before what is added, which in `opt_350m` it does not; a layer must have an
+        output for each input of its reader, which values shared by heads lack; and between OPT's layers only a ReLU
+        keeps scales.
+        """
+
+        def keeps(fold: Fold) -> bool:
+            if kernel(fold.maker) not in weights:
+                return f"{fold.maker}/scale" in weights and getattr(self.model, "do_layer_norm_before", True)
+            fits = weights[kernel(fold.maker)].shape[1] == len(weights[kernel(fold.readers[0])])
+            return fits and (fold.maker != "fc1" or self.model.activation_function == "relu")
+
+        return tuple(fold for fold in self.plan.folds if keeps(fold))
+
     def start(self, params: Mapping, tokens: jax.Array) -> tuple[jax.Array, Shared]:
         """Tokens (B, N) -> what enters the first block (B, N, C), and what all blocks are given beside it."""
         return self.model.apply({"params": params}, tokens, method="embed")[:2]

@@ -8,11 +8,13 @@ import dataclasses
 from research.core import overrides
 from research.core.errors import UserError
 from research.quantize.calibration import Method
+from research.quantize.methods.awq import Awq
 from research.quantize.methods.cbq import Cbq
 from research.quantize.methods.gptq import Gptq
 from research.quantize.methods.nearest import Nearest
+from research.quantize.methods.smoothquant import Smoothquant
 
-METHODS = {"rtn": Nearest, "gptq": Gptq, "cbq": Cbq}
+METHODS = {"rtn": Nearest, "smoothquant": Smoothquant, "gptq": Gptq, "awq": Awq, "cbq": Cbq}
 
 
 def build(text: str) -> Method:
