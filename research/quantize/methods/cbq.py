@@ -99,7 +99,7 @@ class Cbq:
 
     def _prepare(self, problem: Problem, weights, schemes: Schemes, ranges, key) -> tuple[Learned, Fixed]:
         """Outliers taken out of one block, and the start of its learning."""
-        for fold in problem.blocks.plan.folds if self.scale else ():
+        for fold in problem.blocks.folds(weights) if self.scale else ():
             paths = [kernel(layer) for layer in fold.readers]
             if f"{fold.maker}/scale" not in weights or not any(path in schemes for path in paths):
                 continue
