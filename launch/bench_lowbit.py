@@ -39,12 +39,13 @@ REAL = "real"
 SCORES = ("perplexity", "divergence")
 METHODS = ("rtn", "gptq:act_order=true", "awq", "smoothquant", "omniquant", "brecq", "cbq:window=1,overlap=0", "cbq")
 WITHOUT_DATA = ("rtn",)
+GRIDS = {"awq": "awq", "omniquant": "omniquant"}  # as published; all others "gptq"
 SETTINGS = ("W4A16", "W4A16g64", "W3A16", "W3A16g64", "W2A16", "W2A16g64", "W4A8", "W4A4")
 _SETTING = re.compile(r"W([1-8])A([2-8]|16)(?:g(\d+))?")
 
 
-def setting(text: str) -> Rule:
-    """The rule of `W4A8` or `W2A16g64` for all layers of all blocks.
+def setting(text: str, grid: str = "gptq") -> Rule:
+    """The rule of `W4A8` or `W2A16g64` for all layers of all blocks, on a grid of `research.quantize.grids`.
 
     Raises:
       UserError: another form.
@@ -54,7 +55,7 @@ def setting(text: str) -> Rule:
         raise UserError(f"--settings: {text!r} is not of the form W4A16, W4A8 or W2A16g64")
     bits, inputs, group = found.groups()
     few = None if inputs == "16" else int(inputs)
-    return Rule("^layers_", int(bits), group and int(group), few, pad=True)
+    return Rule("^layers_", int(bits), group and int(group), few, grid, pad=True)
 
 
 class Scorer:
@@ -114,10 +115,9 @@ def measure(options: argparse.Namespace, console: Console) -> list[dict]:
     if (REAL, REAL, 0) not in have:
         add(REAL, REAL, 0, score(apply, params), 0.0, 0.0)
     for asked in options.settings:
-        rule = setting(asked)
-        own = rules.apply(found.model, (rule,))  # one function object, compiled once for all that have no steps
+        own = rules.apply(found.model, (setting(asked),))  # compiled once for all that have no steps
         for name in options.methods:
-            built = methods.build(name)
+            built, rule = methods.build(name), setting(asked, GRIDS.get(name.partition(":")[0], "gptq"))
             for seed in options.seeds if name not in WITHOUT_DATA else options.seeds[:1]:
                 if (asked, name, seed) in have:
                     continue
