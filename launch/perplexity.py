@@ -43,9 +43,8 @@ def load(folder: storage.Path, dtype: str = "float32") -> tuple[Callable, checkp
     few, (settings, steps) = is_few(folder), inputs.read(folder)
     found = (checkpoints if few else checkpoint).load(folder, dtype=jnp.dtype(dtype))
     if not isinstance(found.model, CausalModel):
-        raise UserError(
-            f"--model: {folder} holds a {type(found.model).__name__}, which has no perplexity; LLaMA and OPT"
-        )
+        kind = type(found.model).__name__
+        raise UserError(f"--model: {folder} holds a {kind}, which predicts no next token; give a LLaMA or an OPT")
     return (rules.apply(found.model, settings, steps) if few or settings else found.model.apply), found
 
 
@@ -81,7 +80,7 @@ def measure(options: argparse.Namespace) -> perplexity.Score:
 def table(score: perplexity.Score) -> Table:
     """One row of what was measured."""
     shown = Table(*(name.replace("_", " ") for name in score._fields))
-    shown.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in score))
+    shown.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:#.6g}" for value in score))
     return shown
 
 

@@ -95,8 +95,8 @@ def experiment(config, labels: Callable[[], np.ndarray] | None = None) -> engine
         return language.init(model, key)["params"], {}
 
     def loss(params, model_state, batch, context):
-        del context
-        logits, _ = model.apply({"params": params}, batch["tokens"], train=True)
+        rngs = {"dropout": context.key}
+        logits, _ = model.apply({"params": params}, batch["tokens"], train=True, rngs=rngs)
         value = next_token_loss(logits, batch["tokens"])
         return value, engine.Output(model_state, {"loss": engine.scalar(value)})
 
