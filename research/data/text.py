@@ -36,7 +36,7 @@ class Text(Source):
       tokenizer: a `tokenizers.Tokenizer`; `class_names` are its tokens in the order of their ids.
 
     Args:
-      path: a folder, a .zip or a .txt file; None for the grammar's sentences, splits `train` and `test`.
+      path: a folder, a .zip or a .txt file; None (and no `files`) for the grammar's sentences, `train` and `test`.
       split: one of `files`.
       files: {split: patterns of file names}, relative to the folder and with `*` for anything. Files are read in the
         order of patterns and, of one pattern, of names; a file weighs more where it is named again.
@@ -60,6 +60,8 @@ class Text(Source):
             raise UserError(f"data.options.context: {context}; a window has at least 2 tokens")
         if path and not files:
             raise UserError("data.options.files: not set; give the files of each split, {'train': ('*.txt',), ...}")
+        if files and not path:
+            raise UserError("data.path: not set; data.options.files are names in a folder or .zip, set it to that")
         self.context = context
         texts = functools.partial(_texts, path, files or {})
         own = texts(split)

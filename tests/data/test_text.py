@@ -131,6 +131,8 @@ def test_what_is_wrong_is_said(folder, options, message, monkeypatch):
 
 
 def test_a_damaged_zip_and_a_missing_folder(tmp_path):
+    with pytest.raises(UserError, match="data.path: not set; data.options.files are"):
+        opened("")
     (tmp_path / "text.zip").write_bytes(b"PK no more")
     with pytest.raises(UserError, match="is not a readable zip"):
         opened(tmp_path / "text.zip")
