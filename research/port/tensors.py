@@ -54,7 +54,7 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: M
     path = storage.folder(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors, give the file that suffix")
-    storage.write(path, safetensors.numpy.save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, dict(metadata)))
+    storage.write(path, safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()}, dict(metadata)))
 
 
 def unwrap(content, path: str | os.PathLike) -> dict:

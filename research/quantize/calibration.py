@@ -140,6 +140,8 @@ def calibrate(
     carried, started, resumed = store.carried() if store else {}, time.monotonic(), len(walk.done)
     while (first := len(walk.done)) < blocks.count:
         inside = range(first, min(first + method.window, blocks.count))
+        if len(inside) > 1:  # what is learned in common would spread what is not finite; `advance` looks at each block
+            walk.check(inside)
         key = jax.random.fold_in(jax.random.key(seed), first)
         outcomes = method(walk.problem(inside, [carried.get(i) for i in inside], key))
         outcomes = jax.device_get(outcomes)
@@ -194,6 +196,15 @@ class _Walk:
         schemes = [self.schemes[index] for index in inside]
         streams = self.exact, self.rough
         return Problem(self.blocks, inside[0], weights, schemes, *streams, self.shared, carried, key, self.batch)
+
+    def check(self, inside: range) -> None:
+        """Raises ValueError for a window whose unquantised blocks give activations that are not finite."""
+        weights = [jax.tree.map(jnp.asarray, self.blocks.own(self.params, index)) for index in inside]
+        for rows in batches(len(self.exact), self.batch):
+            x = self.exact[rows]
+            for index, own in zip(inside, weights, strict=True):
+                x, finite = observe(self.blocks, own, x, self.shared, reduce=all_finite)
+                check_finite(self.blocks, index, finite, "unquantised")
 
     def advance(self, index: int, outcome: Outcome) -> None:
         """Moves both activations behind a block, in place."""
