@@ -87,6 +87,12 @@ def assert_same(found, expected):
     assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, expected)
 
 
+def one_kernel(w, x) -> Quantized:
+    """A kernel by GPTQ, from what it is multiplied with."""
+    moment = gptq.add(gptq.second_moment(len(w)), x)
+    return gptq.gptq(jnp.asarray(w), moment, FOUR[0].form)[0]
+
+
 @pytest.mark.parametrize("model", STAGES, ids=["llama", "opt"])
 def test_gptq_is_that_of_each_stage_by_hand(model):
     found = silent(model, params_of(model), TOKENS, FOUR, Gptq()).params
@@ -97,9 +103,7 @@ def test_gptq_is_that_of_each_stage_by_hand(model):
         for stage in STAGES[model]:
             seen = looking(model)(nested(flat))[2]
             for layer in [layer for layer in codes if re.fullmatch(f"layers_{index}/{stage}", layer)]:
-                by_hand = lambda x, w=jnp.asarray(flat[f"{layer}/kernel"]): gptq.gptq(
-                    w, gptq.add(gptq.second_moment(len(w)), x), FOUR[0].form
-                )[0]
+                by_hand = functools.partial(one_kernel, flat[f"{layer}/kernel"])
                 assert np.mean(codes[layer] != by_hand(seen[layer]).codes) < 0.01, layer  # sums round otherwise
                 moved.append(np.mean(codes[layer] != by_hand(before[layer]).codes))
                 flat[f"{layer}/kernel"] = np.asarray(dequantize(kernels(found)[layer]))
