@@ -23,14 +23,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from research.kernels import dispatch
 from research.kernels.binary_matmul import words
-from research.kernels.lowbit_matmul import reference
+from research.kernels.lowbit_matmul import cpu, reference, tpu
 from research.kernels.lowbit_matmul.layout import PLANES, Packed, pack_codes, unpack_codes
+from research.kernels.lowbit_matmul.tpu import Blocks
 from research.layers.norm import accumulation_dtype
 
-__all__ = ["FORMS", "PLANES", "Packed", "lowbit_matmul", "pack_codes", "unpack_codes", "xnor_matmul"]
+__all__ = ["FORMS", "PLANES", "Blocks", "Packed", "lowbit_matmul", "pack_codes", "unpack_codes", "xnor_matmul"]
 
 ACTIVATION_BITS = tuple(range(2, 9))
-FORMS = ("xla", "kernel")
+FORMS = ("xla", "kernel", "interpret")
 COLUMNS = "tensor"  # the axis of a mesh that splits outputs
 
 
@@ -55,8 +56,17 @@ def _weight_only(product: Callable, refusal: Callable) -> Kernel:
     )
 
 
+def _mosaic(blocks: Blocks | None, interpret: bool = False) -> Kernel:
+    """The kernel for TPUs with the sizes that are given, or those of this process's devices."""
+    options = lambda: {"blocks": dispatch.sizes(tpu.BLOCKS, Blocks()) if blocks is None else blocks}
+    return Kernel(
+        lambda *operands: tpu.product(*operands, **options(), interpret=interpret),
+        lambda *operands: tpu.refusal(*operands, **options()),
+    )
+
+
 # By the platform that a program is lowered for.
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {"cpu": Kernel(cpu.product, cpu.refusal), "tpu": _mosaic(None)}
 
 
 def lowbit_matmul(
@@ -66,6 +76,7 @@ def lowbit_matmul(
     *,
     activation_bits: int | None = None,
     form: str | None = None,
+    blocks: Blocks | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """(..., K) by a packed weight (K, N), plus a bias (N,) -> (..., N) in the dtype of x.
@@ -73,12 +84,16 @@ def lowbit_matmul(
     Args:
       activation_bits: 2 to 8 quantises x by token; None leaves it.
       form: "xla" everywhere; "kernel", the form of `KERNELS` of the platform that the program is lowered for, and XLA's
-        where there is none or it refuses the operands. By default "kernel" where there is a mesh, or no more than one
+        where there is none or it refuses the operands; "interpret", the kernel for TPUs on any platform, slowly, for
+        tests. By default "kernel" where there is a mesh, or no more than one
         device, and "xla" otherwise: a kernel in a program that JAX partitions by itself does not compile.
+      blocks: sizes of the kernel for TPUs in place of those of `tpu.BLOCKS`, as programs need that are compiled ahead
+        of time for other devices than this process has.
       mesh: runs through `shard_map` on it, also where it has one device: the first axis of x split by `data` and
         `fsdp`, outputs by `tensor`, each where it divides.
     Raises:
-      ValueError: shapes that do not fit, other bits, an unknown form.
+      ValueError: shapes that do not fit, other bits, an unknown form; operands that an interpreted kernel does not
+        take.
     """
     k, n = weight.shape
     if x.shape[-1:] != (k,) or (bias is not None and bias.shape != (n,)):
@@ -89,7 +104,7 @@ def lowbit_matmul(
     if form is not None and form not in FORMS:
         raise ValueError(f"form: {form!r} is none of {', '.join(FORMS)}")
     form = form or ("kernel" if mesh is not None or _alone() else "xla")
-    call = functools.partial(_flat, bits=activation_bits, form=form)
+    call = functools.partial(_flat, options=(activation_bits, form, blocks))
     return call(x, weight, bias) if mesh is None else _sharded(call, mesh, x, weight, bias)
 
 
@@ -115,9 +130,9 @@ def _alone() -> bool:
     return jax.device_count() == 1 and jax.sharding.get_abstract_mesh().size <= 1
 
 
-def _flat(x: jax.Array, weight: Packed, bias: jax.Array | None, bits: int | None, form: str) -> jax.Array:
+def _flat(x: jax.Array, weight: Packed, bias: jax.Array | None, options: tuple) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
-    return _product(bits, form, rows, weight, bias).astype(x.dtype).reshape(*x.shape[:-1], -1)
+    return _product(options, rows, weight, bias).astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _sharded(call: Callable, mesh: Mesh, x: jax.Array, weight: Packed, bias: jax.Array | None) -> jax.Array:
@@ -139,15 +154,20 @@ def _sharded(call: Callable, mesh: Mesh, x: jax.Array, weight: Packed, bias: jax
     return mapped(x, weight, bias)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(bits: int | None, form: str, x: jax.Array, weight: Packed, bias: jax.Array | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(options: tuple, x: jax.Array, weight: Packed, bias: jax.Array | None) -> jax.Array:
+    """Options: activation bits, form, blocks."""
+    bits, form, blocks = options
     x, weight = reference.in_order(x, weight), weight.replace(order=None)
-    kernels = {} if form == "xla" else KERNELS
-    fit = {name: kernel.product for name, kernel in kernels.items() if kernel.refusal(x, weight, bits) is None}
+    kernels = {} if form == "xla" else {**KERNELS, "tpu": _mosaic(blocks, form == "interpret")}
+    refused = {name: kernel.refusal(x, weight, bits) for name, kernel in kernels.items()}
     call = lambda product: lambda x, weight, bias: product(x, weight, bias, bits).astype(x.dtype)
-    return jax.lax.platform_dependent(
-        x, weight, bias, **{name: call(product) for name, product in fit.items()}, default=call(_reference)
-    )
+    fit = {name: call(kernels[name].product) for name, reason in refused.items() if reason is None}
+    if form != "interpret":
+        return jax.lax.platform_dependent(x, weight, bias, **fit, default=call(_reference))
+    if reason := refused["tpu"]:
+        raise ValueError(f'the kernel cannot run: {reason}; take form="xla"')
+    return fit["tpu"](x, weight, bias)
 
 
 def _reference(x: jax.Array, weight: Packed, bias: jax.Array | None, bits: int | None) -> jax.Array:
@@ -160,13 +180,13 @@ def _biased(product: jax.Array, bias: jax.Array | None) -> jax.Array:
     return product if bias is None else product + bias.astype(product.dtype)[None]
 
 
-def _forward(bits, form, x, weight, bias):
+def _forward(options, x, weight, bias):
     # Dtypes are kept as those of empty arrays: residuals are arrays.
     empty = lambda array: None if array is None else jnp.zeros((0,), array.dtype)
-    return _product(bits, form, x, weight, bias), (empty(x), weight, empty(bias))
+    return _product(options, x, weight, bias), (empty(x), weight, empty(bias))
 
 
-def _backward(bits, form, kept, cotangent):
+def _backward(options, kept, cotangent):
     of_x, weight, of_bias = kept
     wide = cotangent.astype(accumulation_dtype(cotangent))
     gradient = wide @ reference.dequantize(weight, wide.dtype).T
