@@ -180,11 +180,12 @@ def few_bits(
             return method(*args, **kwargs)
         path = "/".join(layer.path)
         rule = first(rules, path)
-        x, bits = args[0] if args else kwargs["inputs"], rule and rule.activation_bits
+        x = args[0] if args else kwargs["inputs"]
+        bits = rule.activation_bits if rule else getattr(layer, "activation_bits", None)  # a QuantDense has its own
         if bits is not None and path in (steps or {}):
             x, bits = stepped(x, jnp.asarray(steps[path]), bits), None
         if is_few(kernel):
-            return _product(layer, x, kernel, bits)
+            return product(layer, x, kernel, bits)
         if bits is None:
             return method(x)
         x = x if layer.dtype is None else x.astype(layer.dtype)
@@ -193,8 +194,8 @@ def few_bits(
     return nn.intercept_methods(call)
 
 
-def _product(layer: nn.Dense, x: jax.Array, kernel: Quantized | Packed, bits: int | None) -> jax.Array:
-    """What a dense layer computes, with its dtypes."""
+def product(layer: nn.Dense, x: jax.Array, kernel: Quantized | Packed, bits: int | None) -> jax.Array:
+    """What a dense layer computes by a kernel of few bits, with its dtypes and inputs of `bits` or real ones."""
     packed = pack(kernel) if isinstance(kernel, Quantized) else kernel
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     x, _, bias = layer.promote_dtype(x, packed.scales, bias, dtype=layer.dtype)
