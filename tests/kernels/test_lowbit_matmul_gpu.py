@@ -1,5 +1,7 @@
 """The kernel for Hopper, interpreted, against its meaning in float32; what lowers for CUDA, which needs no GPU."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from jax import export
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from research.kernels.lowbit_matmul import Packed, gpu, pack_codes, reference
+from research.core import sharding
+from research.kernels.lowbit_matmul import Packed, gpu, lowbit_matmul, pack_codes, reference
 
 BF16 = jnp.bfloat16
 CALLS = [export.DisabledSafetyCheck.custom_call(name) for name in ("mosaic_gpu", "mosaic_gpu_v2")]
@@ -80,6 +83,35 @@ def test_it_lowers_for_cuda(m, weight, blocks):
     found = text(lambda *x: gpu.weight_only(*x, blocks), x, weight)
     assert "@mosaic_gpu" in found
     assert f"{weight.length}x{weight.shape[1]}xbf16" not in found  # the weight is nowhere whole in real numbers
+
+
+def test_gpus_take_xlas_form_unless_asked():
+    x, weight = jax.ShapeDtypeStruct((8, 64), BF16), abstract(64, 128, 4, 32, True)
+    mesh = sharding.mesh({"data": 4, "tensor": 2})
+    found = lambda platform="cuda", **options: text(
+        functools.partial(lowbit_matmul, **options), x, weight, platform=platform
+    )
+    assert "@mosaic_gpu" not in found(form="kernel") + found(mesh=mesh)
+    assert "@mosaic_gpu" not in found(form="mosaic_gpu", activation_bits=8) + found("cpu", form="mosaic_gpu")
+    assert "@mosaic_gpu" in found(form="mosaic_gpu", mesh=mesh, blocks=gpu.Blocks(64, 16, 1, 1))
+
+
+def test_its_gradient_is_xlas():
+    x, weight = drawn(3, 64), packed(64, 5, 4, 32, True)
+    weight = weight.replace(order=jnp.asarray(np.random.default_rng(0).permutation(64)))
+    bias = jnp.arange(5, dtype=BF16)
+
+    def loss(x, bias, form):
+        return jnp.sum(jnp.square(lowbit_matmul(x, weight, bias, form=form).astype(jnp.float32)))
+
+    lowered = text(lambda x, bias: jax.value_and_grad(loss, (0, 1))(x, bias, "mosaic_gpu"), x, bias)
+    assert "@mosaic_gpu" in lowered
+    # Elsewhere it is the form of the platform, rounded as all forms are.
+    both = jax.jit(lambda x, bias: [jax.grad(loss, (0, 1))(x, bias, form) for form in ("xla", "mosaic_gpu")])
+    for one, other in zip(*both(x, bias), strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        assert np.any(one)
+        np.testing.assert_allclose(other, one, rtol=2e-2, atol=2e-2 * np.max(np.abs(one)))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from research.kernels import dispatch
 from research.kernels.binary_matmul import words
-from research.kernels.lowbit_matmul import cpu, reference, tpu
+from research.kernels.lowbit_matmul import cpu, gpu, reference, tpu
 from research.kernels.lowbit_matmul.layout import PLANES, Packed, pack_codes, unpack_codes
 from research.kernels.lowbit_matmul.tpu import Blocks
 from research.layers.norm import accumulation_dtype
@@ -31,7 +31,7 @@ from research.layers.norm import accumulation_dtype
 __all__ = ["FORMS", "PLANES", "Blocks", "Packed", "lowbit_matmul", "pack_codes", "unpack_codes", "xnor_matmul"]
 
 ACTIVATION_BITS = tuple(range(2, 9))
-FORMS = ("xla", "kernel", "interpret")
+FORMS = ("xla", "kernel", "mosaic_gpu", "interpret")
 COLUMNS = "tensor"  # the axis of a mesh that splits outputs
 
 
@@ -48,11 +48,11 @@ class Kernel(NamedTuple):
     refusal: Callable[..., str | None]
 
 
-def _weight_only(product: Callable, refusal: Callable) -> Kernel:
-    """The kernel of (x, weight) -> (M, N) and (x, weight) -> refusal, which leave bias and quantised inputs to XLA."""
+def _hopper(blocks: gpu.Blocks | None) -> Kernel:
+    """The kernel for Hopper, which leaves bias and quantised inputs to XLA."""
     return Kernel(
-        lambda x, weight, bias, bits: _biased(product(x, weight), bias),
-        lambda x, weight, bits: refusal(x, weight) if bits is None else "it takes no quantised activations",
+        lambda x, weight, bias, bits: _biased(gpu.weight_only(x, weight, blocks), bias),
+        lambda x, weight, bits: gpu.refusal(x, weight, blocks) if bits is None else "it takes no quantised activations",
     )
 
 
@@ -65,7 +65,7 @@ def _mosaic(blocks: Blocks | None, interpret: bool = False) -> Kernel:
     )
 
 
-# By the platform that a program is lowered for.
+# By the platform that a program is lowered for; `_hopper` has to be asked for, as it has not been run on hardware.
 KERNELS: dict[str, Kernel] = {"cpu": Kernel(cpu.product, cpu.refusal), "tpu": _mosaic(None)}
 
 
@@ -76,7 +76,7 @@ def lowbit_matmul(
     *,
     activation_bits: int | None = None,
     form: str | None = None,
-    blocks: Blocks | None = None,
+    blocks: Blocks | gpu.Blocks | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """(..., K) by a packed weight (K, N), plus a bias (N,) -> (..., N) in the dtype of x.
@@ -84,11 +84,12 @@ def lowbit_matmul(
     Args:
       activation_bits: 2 to 8 quantises x by token; None leaves it.
       form: "xla" everywhere; "kernel", the form of `KERNELS` of the platform that the program is lowered for, and XLA's
-        where there is none or it refuses the operands; "interpret", the kernel for TPUs on any platform, slowly, for
-        tests. By default "kernel" where there is a mesh, or no more than one
-        device, and "xla" otherwise: a kernel in a program that JAX partitions by itself does not compile.
-      blocks: sizes of the kernel for TPUs in place of those of `tpu.BLOCKS`, as programs need that are compiled ahead
-        of time for other devices than this process has.
+        where there is none or it refuses the operands; "mosaic_gpu", as "kernel", and on GPUs, which have to be
+        Hopper's, that of `gpu.py`; "interpret", the kernel for TPUs on any platform, slowly, for tests. By default
+        "kernel" where there is a mesh, or no more than one device, and "xla" otherwise: a kernel in a program that JAX
+        partitions by itself does not compile.
+      blocks: sizes of the kernel for TPUs in place of those of `tpu.BLOCKS`, or of `gpu.BLOCKS` with "mosaic_gpu", as
+        programs need that are compiled ahead of time for other devices than this process has.
       mesh: runs through `shard_map` on it, also where it has one device: the first axis of x split by `data` and
         `fsdp`, outputs by `tensor`, each where it divides.
     Raises:
@@ -159,7 +160,8 @@ def _product(options: tuple, x: jax.Array, weight: Packed, bias: jax.Array | Non
     """Options: activation bits, form, blocks."""
     bits, form, blocks = options
     x, weight = reference.in_order(x, weight), weight.replace(order=None)
-    kernels = {} if form == "xla" else {**KERNELS, "tpu": _mosaic(blocks, form == "interpret")}
+    own = {"cuda": _hopper(blocks)} if form == "mosaic_gpu" else {"tpu": _mosaic(blocks, form == "interpret")}
+    kernels = {} if form == "xla" else KERNELS | own
     refused = {name: kernel.refusal(x, weight, bits) for name, kernel in kernels.items()}
     call = lambda product: lambda x, weight, bias: product(x, weight, bias, bits).astype(x.dtype)
     fit = {name: call(kernels[name].product) for name, reason in refused.items() if reason is None}
