@@ -224,7 +224,8 @@ class _Walk:
         self.done.append(outcome)
 
     def result(self) -> Calibrated:
-        params, steps = dict(self.params), {}
+        params = jax.device_get({name: own for name, own in self.params.items() if not name.startswith("layers_")})
+        steps = {}
         for index, outcome in enumerate(self.done):
             params[f"layers_{index}"] = traverse_util.unflatten_dict(outcome.weights, sep="/")
             for path, step in outcome.steps.items():
