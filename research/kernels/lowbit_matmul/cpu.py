@@ -108,9 +108,9 @@ def _fused(x: jax.Array, weight: Packed, scales: jax.Array) -> jax.Array:
         powers = jnp.asarray([2.0 ** (low - (width * j if j + 1 < values else 0)) for j in range(values)], x.dtype)
         inputs = x.reshape(m, blocks, values, chunks, -1, 1) * powers.reshape(1, 1, -1, 1, 1, 1)
         for j in range(values):
-            found = _masked(words, width, j).astype(x.dtype)
-            for t in range(words.shape[3]):
-                sums[j * groups // values] += found[:, :, :, t] * inputs[:, :, j, :, t]
+            for t in range(words.shape[3]):  # rows are taken first: what is used but once is computed within the loop
+                found = _masked(words[:, :, :, t], width, j).astype(x.dtype)
+                sums[j * groups // values] += found * inputs[:, :, j, :, t]
         low += width
     if not single:
         of_blocks = scales if groups > 1 else jnp.repeat(scales, weight.group // block, axis=0)[:blocks]
