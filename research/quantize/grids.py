@@ -180,6 +180,18 @@ def _awq(x, bits, over):
     return Grid(scales, jnp.clip(-jnp.round(divide(low, scales)), 0, 2**bits - 1))
 
 
+def end(x: jax.Array, over: tuple[int, ...], place: Callable[..., jax.Array]) -> jax.Array:
+    """The entry at a place, such as `jnp.argmax`, over one or all axes, kept as ones.
+
+    The gradient of `jnp.max` goes to entries that equal the largest. Where XLA computes an array twice, apart by
+    rounding, there may be none, and it is NaN; that of an entry is not.
+    """
+    if len(over) == x.ndim:
+        return x.reshape(-1)[place(x)].reshape([1] * x.ndim)
+    (axis,) = over
+    return jnp.take_along_axis(x, place(x, axis=axis, keepdims=True), axis=axis)
+
+
 def omniquant(
     x: jax.Array, bits: int, over: tuple[int, ...], symmetric: bool = False, shrink: tuple | None = None
 ) -> Grid:
@@ -187,7 +199,7 @@ def omniquant(
 
     Differentiable in x and the factors as the official code: zero points have no gradient.
     """
-    low, high = (reduce(x, axis=over, keepdims=True) for reduce in (jnp.min, jnp.max))
+    low, high = (end(x, over, place) for place in (jnp.argmin, jnp.argmax))
     if shrink is not None:
         high, low = shrink[0] * high, shrink[1] * low
     if symmetric:

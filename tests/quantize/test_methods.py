@@ -11,19 +11,20 @@ from research import language
 from research.language import llama, opt
 from research.quantize import methods
 from research.quantize.calibration import UNTOUCHED, Outcome, Problem, observe
+from research.quantize.fake import learnable_clip
 from research.quantize.grids import Form
-from research.quantize.methods import awq
-from research.quantize.quantized import Quantized
+from research.quantize.methods import awq, omniquant
+from research.quantize.quantized import Quantized, dequantize
 from research.quantize.rules import Rule
 from research.quantize.sequence import Blocks, folded, kernel
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA = llama.build(**SIZES, intermediate_size=64)
 OPT = opt.build(**SIZES, ffn_dim=64, max_position_embeddings=16)
-OUTLIERS = np.where(np.arange(32) % 13 == 5, 12, 1)
+OUTLIERS = np.arange(32) % 13 == 5
 
 
-def problem_of(model, rule):
+def problem_of(model, rule, outlier=12):
     """The first block, larger kernels and norms with outliers than those of an untrained model, other biases than 0."""
     rng, blocks = np.random.default_rng(0), Blocks(model)
     params = jax.device_get(jax.jit(lambda: language.init(model, jax.random.key(0)))()["params"])
@@ -32,12 +33,16 @@ def problem_of(model, rule):
         noise = np.float32(rng.standard_normal(w.shape))
         kind = path.split("/")[-1]
         weights[path] = jnp.float32(
-            5 * w if kind == "kernel" else 0.1 * noise if kind == "bias" else OUTLIERS * (1 + 0.2 * noise)
+            5 * w
+            if kind == "kernel"
+            else 0.1 * noise
+            if kind == "bias"
+            else np.where(OUTLIERS, outlier, 1) * (1 + 0.2 * noise)
         )
     tokens = rng.integers(0, 64, (8, 16))
     x, shared = jax.jit(blocks.start)({name: w for name, w in params.items() if not name.startswith("layers_")}, tokens)
     exact = 20 * np.asarray(x)
-    rough = exact + 0.05 * np.float32(rng.standard_normal(exact.shape))
+    rough = exact + 0.005 * np.float32(rng.standard_normal(exact.shape))
     schemes = blocks.schemes((rule,), 0)
     return Problem(blocks, 0, [weights], [schemes], exact, rough, shared, [None], jax.random.key(1), 8)
 
@@ -183,3 +188,92 @@ def test_awq_beats_rounding_to_nearest_and_clipping_helps(three):
     without = solved(three, awq.Awq(clip=False)).weights
     same = {path for path in three.schemes[0] if np.array_equal(queries[path].codes, without[path].codes)}
     assert same == {"self_attn/q_proj/kernel", "self_attn/k_proj/kernel"}
+
+
+def test_transformations_leave_what_a_block_computes_as_it_is():
+    """Shifts too, of norms and of values, where OPT has biases for them."""
+    problem, rng = problem_of(OPT, Rule("", bits=4)), np.random.default_rng(1)
+    (weights,), folds = problem.weights, problem.blocks.folds(problem.weights[0])[:3]
+    draw = lambda low, high: {fold.maker: jnp.float32(rng.uniform(low, high, 32)) for fold in folds}
+    changed = omniquant.transformed(weights, folds, draw(0.3, 3), draw(-1, 1))
+    assert not np.allclose(changed["self_attn/o_proj/bias"], weights["self_attn/o_proj/bias"])
+    before = through(problem, weights, problem.exact)
+    np.testing.assert_allclose(through(problem, changed, problem.exact), before, rtol=2e-4, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def clipping():
+    return problem_of(LLAMA, Rule("", bits=3, group=16, rule="omniquant"))
+
+
+def test_omniquant_begins_at_rounding_to_nearest_of_clipped_kernels(clipping):
+    nothing = solved(clipping, methods.build("omniquant:epochs=0,lwc=no")).weights
+    jax.tree.map(np.testing.assert_array_equal, nothing, solved(clipping, methods.build("rtn")).weights)
+    begun = solved(clipping, methods.build("omniquant:epochs=0")).weights
+    for path, scheme in clipping.schemes[0].items():
+        w = clipping.weights[0][path]
+        four = jnp.full((len(w) // 16, w.shape[1]), 4.0)
+        np.testing.assert_allclose(dequantize(begun[path]), learnable_clip(w, four, four, scheme.form), rtol=1e-5)
+
+
+def test_omniquant_learns_to_clip_compiled_once_for_all_blocks(clipping):
+    method = methods.build("omniquant:epochs=20,texts=4,lwc_rate=0.1")
+    learned, nearest = solved(clipping, method), solved(clipping, methods.build("rtn"))
+    compiled = omniquant._learn._cache_size()
+    assert error(clipping, learned) < 0.9 * error(clipping, nearest)
+    norms = [path for path in clipping.weights[0] if path.endswith("scale")]
+    assert all(np.array_equal(learned.weights[path], clipping.weights[0][path]) for path in norms)
+    other = {path: w[::-1] for path, w in clipping.weights[0].items()}
+    solved(dataclasses.replace(clipping, first=1, weights=[other]), method)
+    assert omniquant._learn._cache_size() == compiled
+
+
+@pytest.mark.parametrize("model", [LLAMA, OPT], ids=["llama", "opt"])
+def test_omniquant_learns_factors_and_shifts_where_inputs_are_rounded(model):
+    problem = problem_of(model, Rule("", bits=4, activation_bits=4, rule="omniquant"))
+    begun, learned = (solved(problem, methods.build(f"omniquant:epochs={epochs},texts=4")) for epochs in (0, 20))
+    assert error(problem, learned) < 0.9 * error(problem, begun)
+    assert error(problem, learned) < error(problem, solved(problem, methods.build("rtn")))
+    moved = {path for path, w in learned.weights.items() if not np.array_equal(w, problem.weights[0][path])}
+    biases = {path for path in problem.weights[0] if path.endswith("bias")}
+    assert biases - moved == {path for path in biases if path.startswith("fc2")}
+
+
+def test_omniquant_says_which_layer_has_a_grid_that_it_cannot_clip(three):
+    with pytest.raises(ValueError, match="layers_0/.*_proj: OmniQuant needs rule omniquant .* not 'awq'"):
+        methods.build("omniquant")(three)
+    with pytest.raises(ValueError, match="let: 'yes' is none of inputs, always, never"):
+        methods.build("omniquant:let=yes")
+
+
+@pytest.fixture(scope="module")
+def deciding():
+    return problem_of(LLAMA, Rule("", bits=3, group=16), outlier=1)
+
+
+@pytest.mark.parametrize("unit", ["block", "layer"])
+def test_brecq_begins_at_nearest_and_decides_better(deciding, unit):
+    nearest = solved(deciding, methods.build("rtn"))
+    begun, learned = (
+        solved(deciding, methods.build(f"brecq:iterations={n},texts=8,rate=0.05,decide=0.01,unit={unit}"))
+        for n in (0, 100)
+    )
+    for path in deciding.schemes[0]:
+        q, expected, w = begun.weights[path], nearest.weights[path], deciding.weights[0][path]
+        np.testing.assert_array_equal(q.scales, expected.scales)
+        np.testing.assert_allclose(abs(dequantize(q) - w), abs(dequantize(expected) - w), atol=1e-5)  # but for halves
+        apart = np.abs(np.int32(learned.weights[path].codes) - np.int32(q.codes))
+        assert apart.max() == 1 and 0 < apart.mean() < 0.5
+    assert error(deciding, learned) < 0.5 * error(deciding, nearest)
+
+
+def test_brecq_learns_steps_of_inputs_after_the_weights():
+    problem = problem_of(LLAMA, Rule("", bits=8, activation_bits=4))
+    begun, learned = (
+        solved(problem, methods.build(f"brecq:iterations=0,texts=8,input_iterations={n},input_rate=0.01"))
+        for n in (0, 60)
+    )
+    assert set(learned.steps) == set(problem.schemes[0]) and all(step > 0 for step in learned.steps.values())
+    jax.tree.map(np.testing.assert_array_equal, begun.weights, learned.weights)
+    problem = dataclasses.replace(problem, rough=problem.exact)
+    assert error(problem, learned) < 0.95 * error(problem, begun)

@@ -9,12 +9,22 @@ from research.core import overrides
 from research.core.errors import UserError
 from research.quantize.calibration import Method
 from research.quantize.methods.awq import Awq
+from research.quantize.methods.brecq import Brecq
 from research.quantize.methods.cbq import Cbq
 from research.quantize.methods.gptq import Gptq
 from research.quantize.methods.nearest import Nearest
+from research.quantize.methods.omniquant import Omniquant
 from research.quantize.methods.smoothquant import Smoothquant
 
-METHODS = {"rtn": Nearest, "smoothquant": Smoothquant, "gptq": Gptq, "awq": Awq, "cbq": Cbq}
+METHODS = {
+    "rtn": Nearest,
+    "smoothquant": Smoothquant,
+    "gptq": Gptq,
+    "awq": Awq,
+    "omniquant": Omniquant,
+    "brecq": Brecq,
+    "cbq": Cbq,
+}
 
 
 def build(text: str) -> Method:
