@@ -263,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--batch", type=listed, default="1,4,16,64,512", help="rows, commas between (1,4,16,64,512)")
     found.add_argument("--formats", type=listed, default=FORMATS, help=f"commas between ({FORMATS})")
     found.add_argument("--group", type=int, default=128, help="inputs to a scale below 8 bits; 0 for all (128)")
-    found.add_argument("--form", choices=("kernel", "xla"), default="kernel", help="of ours (kernel)")
+    found.add_argument("--form", choices=("kernel", "xla", "mosaic_gpu"), default="kernel", help="of ours (kernel)")
     found.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of activations (float32 on CPU, else bfloat16)"
     )

@@ -8,7 +8,7 @@ scale in float32: nothing is rounded but what float32 sums round.
 
 A program holds `columns` outputs of `tokens` rows of x, and walks over a share of the inputs; blocks of words ahead are
 fetched by TMA meanwhile. Where outputs are too few to fill the device, several programs share the inputs, and XLA adds
-what they found. Quantised activations are XLA's: Hopper's `wgmma` is given no integers by Mosaic GPU.
+what they found. Quantised activations are XLA's.
 
 Not run on hardware.
 """
