@@ -1,0 +1,1 @@
+"""Few bits and sparsity learned with the network."""
