@@ -71,7 +71,7 @@ def text(call, *operands, platform="cuda"):
     [
         (1, abstract(4096, 11008, 4, 128, True, dtype=jnp.float16), None),
         (64, abstract(11008, 4096, 4, 128, True), gpu.Blocks(128, stages=3)),
-        (16, abstract(4096, 4096, 3, 64, False), None),
+        (40, abstract(4096, 4096, 3, 64, False), None),
         (300, abstract(4096, 128, 2, 4096, True, dtype=BF16), None),
         (8, abstract(1184, 65, 8, 32, True), None),
     ],
