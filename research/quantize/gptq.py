@@ -3,7 +3,7 @@
     statistics = second_moment(K)
     for x in batches:                                     # what the layer is given, (..., K)
         statistics = add(statistics, x)
-    q, error = gptq(kernel, statistics, Form(4, group=128), act_order=True)
+    found = gptq(kernel, statistics, Form(4, group=128), act_order=True)     # found.weight
 
 With U upper triangular and U^T U the inverse of the Hessian H, input i leaves the error e = (w_i - q_i) / U_ii, and
 every later w_j loses U_ij e.
@@ -32,6 +32,19 @@ class Moment(NamedTuple):
 
     hessian: jax.Array
     samples: jax.Array
+
+
+class Solved(NamedTuple):
+    """What GPTQ makes of a kernel.
+
+    Fields:
+      weight: its few bits; error: their `output_error`.
+      rounded: (K, N), the weights that were rounded: the kernel with what made up for errors before each input's turn.
+    """
+
+    weight: Quantized
+    error: jax.Array
+    rounded: jax.Array
 
 
 def second_moment(inputs: int, dtype=jnp.float32) -> Moment:
@@ -68,8 +81,8 @@ def gptq(
     block: int = 128,
     act_order: bool = False,
     static_groups: bool = False,
-) -> tuple[Quantized, jax.Array]:
-    """A kernel (K, N) in few bits, and its `output_error`. Inputs that were always 0 get weights of 0.
+) -> Solved:
+    """A kernel (K, N) in few bits. Inputs that were always 0 get weights of 0.
 
     Compiled once for each shape and setting; outputs may be sharded. Not to be called under `jit`: it looks at results.
 
@@ -100,15 +113,15 @@ def gptq(
     if not jnp.all(jnp.isfinite(hessian)):
         raise ValueError("GPTQ's Hessian is not finite: calibration gave the layer NaN or infinite activations")
     damp = jnp.asarray(damping, dtype)
-    q, error, solved = _solve(w, hessian, damp, form, min(block, len(w)), act_order, static_groups)
+    q, error, rounded, solved = _solve(w, hessian, damp, form, min(block, len(w)), act_order, static_groups)
     if not solved:
         raise ValueError(f"GPTQ's Hessian is not positive definite with damping={damping:g}: raise it")
-    return check(q), error
+    return Solved(check(q), error, rounded)
 
 
 @functools.partial(jax.jit, static_argnames=("form", "block", "act_order", "static_groups"))
 def _solve(w, hessian, damping, form, block, act_order, static_groups):
-    """(q, its output error, whether the Hessian was positive definite)."""
+    """(q, its output error, what was rounded to it, whether the Hessian was positive definite)."""
     k, grouped = len(w), form.group is not None
     group, refit = min(form.group or k, k), grouped and not static_groups
     diagonal = jnp.diagonal(hessian)
@@ -120,13 +133,16 @@ def _solve(w, hessian, damping, form, block, act_order, static_groups):
     damped = jnp.fill_diagonal(hessian, diagonal + damping * jnp.mean(diagonal), inplace=False)
     factor = _inverse_factor(damped[order][:, order])
     places = order // group if static_groups else jnp.arange(k) // group
-    codes, grid = _round(alive[order], factor, grid, places, dataclasses.replace(form, group=None), group, block, refit)
-    moved = act_order and refit
-    if act_order and not moved:
-        codes = codes[jnp.argsort(order)]
+    of_one = dataclasses.replace(form, group=None)
+    codes, rounded, grid = _round(alive[order], factor, grid, places, of_one, group, block, refit)
+    moved, back = act_order and refit, jnp.argsort(order)
+    rounded = rounded[back]
+    if not moved:
+        codes = codes[back]
     codes = jnp.pad(codes, ((0, -k % group), (0, 0)))
     q = Quantized(codes, *grid, order.astype(jnp.int32) if moved else None, form.bits, 0, group, k)
-    return q, output_error(hessian, dequantize(q) - w), jnp.all(jnp.isfinite(jnp.diagonal(factor)))
+    solved = jnp.all(jnp.isfinite(jnp.diagonal(factor)))
+    return q, output_error(hessian, dequantize(q) - w), rounded, solved
 
 
 def _inverse_factor(matrix: jax.Array) -> jax.Array:
@@ -140,7 +156,7 @@ def _inverse_factor(matrix: jax.Array) -> jax.Array:
 
 
 def _round(w, factor, grid, places, form, group, block, refit):
-    """Codes (K, N) and the grid in which they are, fitted anew at the start of each group if `refit`.
+    """Codes (K, N), the weights that were rounded to them, and their grid, fitted anew for each group if `refit`.
 
     Args:
       places: (K,), the group of each input.
@@ -171,11 +187,12 @@ def _round(w, factor, grid, places, form, group, block, refit):
             share = jax.tree.map(lambda a: a[places[start + at]], grid)
             codes = grids.nearest(waiting[at], share, form.bits)
             error = (waiting[at] - grids.values(codes, share)) / own[at, at]
-            return waiting - own[at][:, None] * error[None], (codes.astype(dtype), error)
+            return waiting - own[at][:, None] * error[None], (codes.astype(dtype), error, waiting[at])
 
         waiting = jax.lax.dynamic_slice_in_dim(w, start, block)
-        _, (codes, errors) = jax.lax.scan(of_input, waiting, jnp.arange(block))
-        return (w - jnp.matmul(ahead.T, errors, precision="highest"), grid), codes
+        _, (codes, errors, rounded) = jax.lax.scan(of_input, waiting, jnp.arange(block))
+        return (w - jnp.matmul(ahead.T, errors, precision="highest"), grid), (codes, rounded)
 
-    (_, grid), codes = jax.lax.scan(of_block, (w, grid), jnp.arange(blocks) * block)
-    return codes.reshape(-1, n)[:k], Grid(*jax.tree.map(lambda a: a[:groups], tuple(grid)))
+    (_, grid), found = jax.lax.scan(of_block, (w, grid), jnp.arange(blocks) * block)
+    codes, rounded = (array.reshape(-1, n)[:k] for array in found)
+    return codes, rounded, Grid(*jax.tree.map(lambda a: a[:groups], tuple(grid)))

@@ -72,6 +72,8 @@ def start(
     rank: int = 5,
     nearest: bool = True,
     learn_inputs: bool = True,
+    fitted: Mapping[str, Grid] | None = None,
+    leading: Weights | None = None,
 ) -> tuple[Learned, Fixed]:
     """Where learning begins: A1 is normal, A2 zero.
 
@@ -79,6 +81,8 @@ def start(
       ranges: largest magnitudes of what enters the weights whose inputs have learned steps, by name.
       nearest: v0 rounds to nearest; False is the paper's form without v0, which begins with halves everywhere.
       learn_inputs: inputs have one learned step each, as in the paper; else tokens are rounded by their largest value.
+      fitted: grids of weights that are not to be fitted anew, in the shapes of `grids.fit`.
+      leading: A1 of some weights, (d, rank), in place of normal numbers.
     Raises:
       ValueError: a form without zero points, or a scheme for a weight that is not there.
     """
@@ -87,14 +91,15 @@ def start(
         if name not in weights:
             raise ValueError(f"schemes: the block has no weight {name!r}, only {', '.join(sorted(weights))}")
         w = weights[name].astype(accumulation_dtype(weights[name]))
-        grid = grids.fit(w, scheme.form)
+        grid = (fitted or {}).get(name) or grids.fit(w, scheme.form)
         if grid.zeros is None:
             raise ValueError(f"schemes: {name!r} has rule {scheme.form.rule!r}; learned rounding needs zero points")
         learned.steps[name], fixed.zeros[name] = grid
         parts, grid = _split(w, grid, scheme.form)
         v0 = rounding.start(grids.divide(parts, grid.scales)) if nearest else jnp.zeros_like(parts)
         fixed.v0[name] = grids.unite(v0, w, scheme.form)
-        a1 = jax.random.normal(own, (w.shape[0], rank), w.dtype)
+        a1 = (leading or {}).get(name)
+        a1 = jax.random.normal(own, (w.shape[0], rank), w.dtype) if a1 is None else a1
         learned.factors[name] = a1, jnp.zeros((rank, w.size // w.shape[0]), w.dtype)
         if scheme.inputs is not None and learn_inputs:
             largest = jnp.maximum(ranges[name].astype(w.dtype), grids.SMALLEST)
@@ -154,16 +159,15 @@ def window_loss(
     Args:
       wanted: of `targets`.
       beta: exponent of the regulariser, see `rounding.temperature`; weight: of it, c.
-      decided: see `run_quantized`.
+      decided: see `run_quantized`; there is nothing to regularise then.
     """
     y = run_quantized(blocks, learned, fixed, schemes, rough, decided)
-    shares = [
-        rounding.share(_v(name, own, rest)) for own, rest in zip(learned, fixed, strict=True) for name in own.factors
-    ]
+    pairs = () if decided else zip(learned, fixed, strict=True)
+    vs = [_v(name, own, rest) for own, rest in pairs for name in own.factors]
     parts = {
         "rec": reconstruction.distance(wanted[0], y),
         "homologous": reconstruction.distance(wanted[1], y),
-        "com": sum(rounding.undecided(share, beta) for share in shares),
+        "com": sum((rounding.undecided(rounding.share(v), beta) for v in vs), jnp.zeros((), y.dtype)),
     }
     return parts["rec"] + parts["homologous"] + weight * parts["com"], parts
 

@@ -81,7 +81,7 @@ def test_it_is_the_official_algorithm_with_dead_inputs_too(group, block, act_ord
     with jax.enable_x64(True):
         moment = add(second_moment(K, jnp.float64), jnp.asarray(dead))
         settings = {"block": block, "act_order": act_order, "static_groups": static_groups}
-        q, error = gptq(jnp.asarray(W, jnp.float64), moment, Form(3, group=group, pad=True), **settings)
+        q, error, _ = gptq(jnp.asarray(W, jnp.float64), moment, Form(3, group=group, pad=True), **settings)
         found = np.asarray(dequantize(q))
     expected = official(W, np.array(moment.hessian), 3, group, block, act_order, static_groups)
     assert (q.order is None) == (not act_order or static_groups or group is None)
@@ -92,7 +92,7 @@ def test_it_is_the_official_algorithm_with_dead_inputs_too(group, block, act_ord
 
 @pytest.mark.parametrize("form", [Form(3), Form(2, group=8, rule="gptq_symmetric_mse")], ids=["channels", "groups"])
 def test_outputs_are_nearer_than_by_rounding_to_nearest(form):
-    _, error = gptq(jnp.asarray(W), MOMENT, form, act_order=True)
+    _, error, _ = gptq(jnp.asarray(W), MOMENT, form, act_order=True)
     nearest = output_error(MOMENT.hessian, dequantize(quantize(jnp.asarray(W), form)) - W)
     assert error < 0.7 * nearest
 
@@ -100,7 +100,7 @@ def test_outputs_are_nearer_than_by_rounding_to_nearest(form):
 def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest():
     moment, w = diagonal(), jnp.asarray(W)
     for form in (Form(3), Form(4, group=8), Form(4, per_tensor=True, rule="absmax")):
-        q, _ = gptq(w, moment, form, block=10)
+        q = gptq(w, moment, form, block=10).weight
         expected = quantize(w, form)
         np.testing.assert_array_equal(q.codes, expected.codes)
         np.testing.assert_array_equal(dequantize(q), dequantize(expected))
@@ -109,10 +109,10 @@ def test_inputs_that_have_nothing_in_common_are_rounded_to_nearest():
 def test_the_order_of_inputs_is_undone():
     moment, w = diagonal(), jnp.asarray(W)
     order = np.argsort(-np.diag(moment.hessian))
-    q, _ = gptq(w, moment, Form(4, group=8), act_order=True)
+    q = gptq(w, moment, Form(4, group=8), act_order=True).weight
     np.testing.assert_array_equal(q.order, order)
     np.testing.assert_array_equal(dequantize(q)[order], dequantize(quantize(w[order], Form(4, group=8))))
-    q, _ = gptq(w, moment, Form(4, group=8), act_order=True, static_groups=True)
+    q = gptq(w, moment, Form(4, group=8), act_order=True, static_groups=True).weight
     assert q.order is None
     np.testing.assert_array_equal(dequantize(q), dequantize(quantize(w, Form(4, group=8))))
 
@@ -159,6 +159,6 @@ def test_what_cannot_be_calibrated_is_refused():
 
 def test_weights_that_lie_on_the_grid_stay():
     w = dequantize(quantize(jnp.asarray(W), Form(4)))
-    q, error = gptq(w, MOMENT, Form(4))
+    q, error, _ = gptq(w, MOMENT, Form(4))
     assert error < 1e-6 * output_error(MOMENT.hessian, w)
     np.testing.assert_array_equal(q.codes, grids.nearest(w, grids.fit(w, Form(4)), 4))

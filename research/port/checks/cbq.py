@@ -128,7 +128,7 @@ def calibrated(golden: Golden) -> dict[str, np.ndarray]:
     outputs = {"hessian": moment.hessian}
     for config in meta["configs"]:
         name = "gptq_" + "_".join(f"{field}{config[field]}" for field in sorted(config))
-        q, error = _by_gptq(w, moment, {"percdamp": meta.get("percdamp", 0.01)} | config)
+        q, error, _ = _by_gptq(w, moment, {"percdamp": meta.get("percdamp", 0.01)} | config)
         outputs |= {f"{name}/dq": dequantize(q).T, f"{name}/proxy_loss": error}
     return outputs
 

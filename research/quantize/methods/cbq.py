@@ -7,17 +7,29 @@ it is and what is as in the paper.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.quantize import cfp, rounding, window
+from research.quantize import cfp, gptq, rounding, window
 from research.quantize.calibration import Outcome, Problem, batches, observe
-from research.quantize.sequence import Schemes, folded, kernel
+from research.quantize.grids import Grid
+from research.quantize.methods.gptq import naming
+from research.quantize.sequence import folded, kernel
 from research.quantize.window import Fixed, Learned
 
 CRITERIA = {"paper": cfp.PAPER, "official": cfp.OFFICIAL}
+STARTS, SPANS = ("nearest", "halves", "gptq"), ("inputs", "random")
+
+
+class Seen(NamedTuple):
+    """What entered a kernel: smallest and largest value of each channel, (K,), and the second moment."""
+
+    low: jax.Array
+    high: jax.Array
+    moment: gptq.Moment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +41,13 @@ class Cbq:
       epochs: passes over the calibration data for each window; texts: at a time while learning.
       weight_rate, input_rate, factor_rate: learning rates of the steps of weights (a share of the step), of the steps
         of inputs (likewise), and of A1 and A2. The paper's are not known.
-      rank: of A1 and A2; nearest: rounding begins at nearest, else as in the paper at halves.
-      decide: weight of the regulariser that drives rounding to 0 or 1; hold: share of the steps without it.
+      rank: of A1 and A2.
+      start: rounding begins at "nearest", as in the paper at "halves", or where "gptq" ends.
+      span: A1 begins with the leading directions of the "inputs", along which most of the error of the outputs lies, or
+        as in the paper with "random" ones.
       decided: learning runs with weights rounded up or down for good, see `window.run_quantized`; False is the paper's.
+      decide: without `decided`, weight of the regulariser that drives rounding to 0 or 1; hold: share of the steps
+        without it.
       truncate, scale: CBQ's pre-processing of weights and of activations, by a criterion of `CRITERIA` or "" for none.
       learn_inputs: inputs get one learned step; else tokens are rounded by their largest magnitude.
     """
@@ -44,13 +60,20 @@ class Cbq:
     input_rate: float = 1e-3
     factor_rate: float = 1e-2
     rank: int = 5
-    nearest: bool = True
+    start: str = "nearest"
+    span: str = "inputs"
+    decided: bool = True
     decide: float = 0.01
     hold: float = 0.2
-    decided: bool = True
     truncate: str = "paper"
     scale: str = "official"
     learn_inputs: bool = True
+
+    def __post_init__(self):
+        allowed = {"start": STARTS, "span": SPANS, "truncate": ("", *CRITERIA), "scale": ("", *CRITERIA)}
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"cbq: {name} {getattr(self, name)!r} is none of {', '.join(map(repr, values))}")
 
     def __call__(self, problem: Problem) -> list[Outcome]:
         begun = self._begin(problem)
@@ -72,7 +95,7 @@ class Cbq:
                 problem.rough[rows],
                 tuple(target[rows] for target in wanted),
                 jnp.float32(rounding.temperature(step, steps, self.hold)),
-                jnp.float32(self.decide if step >= self.hold * steps else 0),
+                jnp.float32(self.decide if step >= self.hold * steps and not self.decided else 0),
                 problem.shared,
                 blocks=problem.blocks,
                 schemes=schemes,
@@ -87,47 +110,74 @@ class Cbq:
 
     def _begin(self, problem: Problem) -> list[tuple[Learned, Fixed]]:
         """Where learning begins: of blocks that an earlier window learned, where it ended."""
-        begun, x, own = [], problem.rough, zip(problem.weights, problem.schemes, problem.carried, strict=True)
-        for index, (weights, schemes, carried) in enumerate(own):
+        begun, x = [], problem.rough
+        for index, (weights, carried) in enumerate(zip(problem.weights, problem.carried, strict=True)):
             if carried is not None:
                 begun.append(_restored(carried))
             if carried is None or index + 1 < len(problem.weights):
-                x, ranges = _ranges(problem, weights, x)
+                x, seen = _seen(problem, weights, x)
             if carried is None:
-                begun.append(self._prepare(problem, weights, schemes, ranges, jax.random.fold_in(problem.key, index)))
+                begun.append(self._prepare(problem, index, seen))
         return begun
 
-    def _prepare(self, problem: Problem, weights, schemes: Schemes, ranges, key) -> tuple[Learned, Fixed]:
-        """Outliers taken out of one block, and the start of its learning."""
+    def _prepare(self, problem: Problem, index: int, seen: dict[str, Seen]) -> tuple[Learned, Fixed]:
+        """Outliers taken out of one block of the window, and the start of its learning."""
+        weights, schemes = problem.weights[index], problem.schemes[index]
         for fold in problem.blocks.folds(weights) if self.scale else ():
             paths = [kernel(layer) for layer in fold.readers]
             if f"{fold.maker}/scale" not in weights or not any(path in schemes for path in paths):
                 continue
-            factors = cfp.factors(*ranges[paths[0]], CRITERIA[self.scale])
+            factors = cfp.factors(seen[paths[0]].low, seen[paths[0]].high, CRITERIA[self.scale])
             weights = folded(weights, fold, factors)
-            ranges = ranges | {path: tuple(side / factors for side in ranges[path]) for path in paths}
+            seen = seen | {path: _divided(seen[path], factors) for path in paths}
         if self.truncate:
             weights = weights | {path: _truncate(weights[path], self.truncate) for path in schemes}
-        largest = {path: jnp.max(jnp.abs(jnp.stack(ranges[path]))) for path in schemes}
-        return window.start(weights, schemes, largest, key, self.rank, self.nearest, self.learn_inputs)
+        largest = {path: jnp.max(jnp.maximum(-own.low, own.high)) for path, own in seen.items()}
+        fitted = {}
+        if self.start == "gptq":
+            for path, scheme in schemes.items():
+                with naming(problem.first + index, path):
+                    order = scheme.form.group is None  # groups stay those of neighbours
+                    found = gptq.gptq(weights[path], seen[path].moment, scheme.form, act_order=order)
+                weights, fitted[path] = weights | {path: found.rounded}, Grid(found.weight.scales, found.weight.zeros)
+        leading = {}
+        if self.span == "inputs":
+            leading = {path: _leading(seen[path].moment.hessian, self.rank) for path in schemes}
+        key, nearest = jax.random.fold_in(problem.key, index), self.start != "halves"
+        options = {"fitted": fitted, "leading": leading}
+        return window.start(weights, schemes, largest, key, self.rank, nearest, self.learn_inputs, **options)
 
 
-def _ranges(problem: Problem, weights, stream: np.ndarray) -> tuple[np.ndarray, dict]:
-    """What leaves an unquantised block, and the (smallest, largest) value of each channel that enters its kernels."""
+def _seen(problem: Problem, weights, stream: np.ndarray) -> tuple[np.ndarray, dict[str, Seen]]:
+    """What leaves an unquantised block, and by path what enters its kernels."""
     paths = [kernel(layer) for stage in problem.blocks.plan.stages for layer in stage]
-    state = {path: (jnp.full(len(weights[path]), jnp.inf), jnp.full(len(weights[path]), -jnp.inf)) for path in paths}
-    left = np.empty_like(stream)
+    nothing = lambda k: Seen(jnp.full(k, jnp.inf), jnp.full(k, -jnp.inf), gptq.second_moment(k))
+    state, left = {path: nothing(len(weights[path])) for path in paths}, np.empty_like(stream)
     for rows in batches(len(stream), problem.batch):
         left[rows], state = observe(problem.blocks, weights, stream[rows], problem.shared, reduce=_wider, state=state)
     return left, state
 
 
 def _wider(state, seen):
-    def of(path, low, high):
-        rows = seen[path].reshape(-1, seen[path].shape[-1])
-        return jnp.minimum(low, jnp.min(rows, axis=0)), jnp.maximum(high, jnp.max(rows, axis=0))
+    def of(x, own):
+        rows = x.reshape(-1, x.shape[-1])
+        sides = jnp.minimum(own.low, jnp.min(rows, axis=0)), jnp.maximum(own.high, jnp.max(rows, axis=0))
+        return Seen(*sides, gptq.add(own.moment, x))
 
-    return {path: of(path, *sides) for path, sides in state.items()}
+    return {path: of(seen[path], own) for path, own in state.items()}
+
+
+def _divided(seen: Seen, factors: jax.Array) -> Seen:
+    """What is seen once the channels are divided by factors."""
+    hessian = seen.moment.hessian / (factors[:, None] * factors[None])
+    return Seen(seen.low / factors, seen.high / factors, seen.moment._replace(hessian=hessian))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _leading(hessian: jax.Array, rank: int) -> jax.Array:
+    """Directions (K, rank) along which inputs are largest, as large as normal numbers."""
+    _, directions = jnp.linalg.eigh(hessian)
+    return directions[:, ::-1][:, :rank] * len(hessian) ** 0.5
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -3,13 +3,17 @@
 Source: `llama.py` and `opt.py` of IST-DASLab/gptq (commit 2d65066e); the solver is `research.quantize.gptq`.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import jax
 
 from research.quantize import gptq
 from research.quantize.calibration import Outcome, Problem, batches, observe
+from research.quantize.grids import Form
+from research.quantize.quantized import Quantized
 from research.quantize.sequence import kernel
 
 
@@ -49,13 +53,19 @@ class Gptq:
                 found[path] = self._round(problem.first, path, weights[path], state[path], schemes[path].form)
         return [Outcome(found, {})]
 
-    def _round(self, index: int, path: str, w: jax.Array, moment: gptq.Moment, form):
-        options = {"damping": self.damping, "block": self.block}
-        try:
-            q, _ = gptq.gptq(w, moment, form, **options, act_order=self.act_order, static_groups=self.static_groups)
-        except ValueError as error:
-            raise ValueError(f"layers_{index}/{path.removesuffix('/kernel')}: {error}") from None
-        return q
+    def _round(self, index: int, path: str, w: jax.Array, moment: gptq.Moment, form: Form) -> Quantized:
+        order = {"act_order": self.act_order, "static_groups": self.static_groups}
+        with naming(index, path):
+            return gptq.gptq(w, moment, form, damping=self.damping, block=self.block, **order).weight
+
+
+@contextlib.contextmanager
+def naming(index: int, path: str) -> Iterator[None]:
+    """Within it a ValueError names the layer."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"layers_{index}/{path.removesuffix('/kernel')}: {error}") from None
 
 
 def _add(state: dict, seen: dict) -> dict:
