@@ -63,7 +63,7 @@ def product(
         out_specs=pl.BlockSpec((p.tokens, p.columns), lambda i, c, j: (i, column(i, c, j)[1])),
         scratch_shapes=[
             pltpu.VMEM((len(p.fields), p.chunks, p.rows, CHUNK), p.fields[0].dtype),
-            pltpu.VMEM((p.chunks if p.groups else 1, p.unit, LANES), jnp.float32),
+            pltpu.VMEM((p.tokens, stored), jnp.float32),
             pltpu.VMEM((p.tokens, LANES), jnp.float32),
             pltpu.VMEM((stored, p.columns), jnp.float32),
             pltpu.VMEM((stored, p.columns), jnp.float32),
@@ -112,26 +112,29 @@ def _kernel(*refs, p: Plan, biased: bool, interpret: bool):
             jax.lax.fori_loop(0, p.chunks, repeat, None)
 
     _keep(scale, scales, p)
-    scale[...] *= p.factor
+    if p.factor != 1:
+        scale[...] *= p.factor
     if p.zeros:
         _keep(zero, zeros[0], p)
-        zero[...] += p.zero
+        zero[...] = (zero[...] + p.zero) * scale[...]
     total[...] = jnp.zeros(total.shape, total.dtype)
 
     def turn(first, count):
         for c in range(count):
-            _chunk(jnp.asarray(first + c, jnp.int32), words, lhs, sums, scale, zero, total, p, interpret)
+            _chunk(jnp.asarray(first + c, jnp.int32), words, lhs, scale, total, p, interpret)
 
     turns, left = divmod(p.chunks, p.unrolled)
     jax.lax.fori_loop(0, turns, lambda t, _: turn(t * p.unrolled, p.unrolled), None)
     turn(turns * p.unrolled, left)
     found = total[...].astype(jnp.float32)
-    if p.groups and p.tokens == 1:
+    if not p.groups:
+        found = sum(found[i * p.unit : i * p.unit + p.tokens] for i in range(p.pieces)) * scale[:1]
+    elif p.tokens == 1:
         found = jnp.sum(found, axis=0, keepdims=True)
-    elif not p.groups:
-        found = sum(found[i * p.unit : (i + 1) * p.unit] for i in range(p.pieces))
-        found = (found - _wide(sums[0], p) * _offset(zero, slice(0, 1), p)) * scale[:1]
-        found = found[: p.tokens]
+    if p.zeros or p.zero:
+        taken = zero[...] if p.zeros else scale[...] * p.zero
+        exact = jax.lax.Precision.HIGHEST
+        found = found - jnp.dot(sums[...], taken, precision=exact, preferred_element_type=jnp.float32)
     if p.bits is not None:
         found = found * _wide(of_token[...], p)
     if biased:
@@ -139,7 +142,7 @@ def _kernel(*refs, p: Plan, biased: bool, interpret: bool):
     out[...] = found.astype(out.dtype)
 
 
-def _chunk(c, words, lhs, sums, scale, zero, total, p: Plan, interpret: bool):
+def _chunk(c, words, lhs, scale, total, p: Plan, interpret: bool):
     """Adds the products of chunk c."""
     words, made = list(words), 0
     for i, fields in enumerate(p.fields):
@@ -156,14 +159,13 @@ def _chunk(c, words, lhs, sums, scale, zero, total, p: Plan, interpret: bool):
         return
     made = made.astype(jnp.float32)
     made = sum(made[i * p.unit : (i + 1) * p.unit] for i in range(p.pieces))
-    first, wide = _first(c, p), _wide(sums[c], p)
+    first = _first(c, p)
     if p.tokens == 1:
         own = pl.ds(pl.multiple_of(first - jax.lax.rem(first, p.unit), p.unit), p.unit)
-        total[...] += (made - wide * _offset(zero, own, p)) * scale[own, :]
+        total[...] += made * scale[own, :]
         return
     for g in range(p.groups):
-        rows, own = slice(g * p.tokens, (g + 1) * p.tokens), pl.ds(first + g, 1)
-        total[...] += (made[rows] - wide[rows] * _offset(zero, own, p)) * scale[own, :]
+        total[...] += made[g * p.tokens : (g + 1) * p.tokens] * scale[pl.ds(first + g, 1), :]
 
 
 def _keep(kept, given, p: Plan):
@@ -172,10 +174,6 @@ def _keep(kept, given, p: Plan):
     kept[:count] = jnp.broadcast_to(given[...].astype(jnp.float32), (count, p.columns))
     if count < len(kept):
         kept[count:] = jnp.zeros((len(kept) - count, p.columns), jnp.float32)
-
-
-def _offset(zero, rows, p: Plan):
-    return zero[rows, :] if p.zeros else p.zero
 
 
 def _first(c, p: Plan):
@@ -216,11 +214,22 @@ def _repeat(i: int, x, lanes, places, lhs, sums, of_token, p: Plan, c, carried):
         pieces = [jnp.dot(piece, places[i][...], preferred_element_type=jnp.float32) for piece in pieces]
     rows = [_of_groups(piece.astype(jnp.float32), lanes[...], c, p) for piece in pieces]
     if i == 0:
-        at = c if p.groups else 0
-        sums[at] += jnp.broadcast_to(jnp.sum(sum(rows), axis=1, keepdims=True), (p.unit, LANES))
+        _add_sums(sums, jnp.sum(sum(rows), axis=1, keepdims=True), c, p)
     found = jnp.concatenate(rows)
     lhs[i, c] = (found if lhs.dtype == jnp.bfloat16 else found.astype(jnp.int32)).astype(lhs.dtype)
     return carried
+
+
+def _add_sums(sums, rows: jax.Array, c, p: Plan):
+    """Adds the sums (unit, 1) of chunk c's rows to those of its groups, (tokens, groups)."""
+    first, group = _first(c, p) if p.groups else 0, jax.lax.broadcasted_iota(jnp.int32, (1, sums.shape[1]), 1)
+    if p.tokens == 1:
+        number = jax.lax.broadcasted_iota(jnp.int32, (p.unit, 1), 0)
+        number += first - jax.lax.rem(first, p.unit) if p.groups else 0
+        sums[...] += jnp.sum(jnp.where(number == group, rows, 0.0), axis=0, keepdims=True)
+        return
+    for g in range(max(p.groups, 1)):
+        sums[...] += jnp.where(group == first + g, rows[g * p.tokens : (g + 1) * p.tokens], 0.0)
 
 
 def _of_groups(x: jax.Array, group: jax.Array, c, p: Plan) -> jax.Array:

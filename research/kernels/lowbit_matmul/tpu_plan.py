@@ -28,7 +28,7 @@ class Blocks(NamedTuple):
 
     columns: int = 512
     rows: int = 256
-    unrolled: int = 4
+    unrolled: int = 8
     cores: int = 1
     integers: bool = True
     vmem: int = 48 * 2**20
@@ -142,7 +142,7 @@ def vmem_bytes(p: Plan, x: jax.Array, weight: Packed) -> int:
     words = sum(plane.dtype.itemsize * plane.shape[0] * p.columns for plane in weight.planes)
     moved = inputs * x.dtype.itemsize + words + stored * weight.scales.dtype.itemsize * (1 + p.zeros)
     lhs = len(p.fields) * p.chunks * up(p.rows, 4 * SUBLANES) * CHUNK * p.fields[0].dtype.itemsize
-    sums = 4 * p.unit * LANES * (p.chunks if p.groups else 1)
+    sums = 4 * up(p.tokens, SUBLANES) * up(max(len(weight.scales), p.chunks * p.groups), LANES)
     unpacked = 2 * p.unrolled * CHUNK * p.columns
     made = 4 * (p.rows * 3 + up(p.tokens, SUBLANES)) * p.columns
     return 2 * (moved + CHUNK * CHUNK * 2) + lhs + sums + 8 * (stored + p.unit * p.columns) + unpacked + made
