@@ -57,11 +57,16 @@ class Learned(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What stays of one block: all its arrays, and of quantised ones the zero points and v0, where v = v0 + A1 A2."""
+    """What stays of one block.
+
+    weights: all its arrays. zeros, v0: of quantised ones, where v = v0 + A1 A2. down: of some, the codes without zero
+    points and rounding; those of others are floor(w / s) with the step s that is learned.
+    """
 
     weights: dict[str, jax.Array]
     zeros: dict[str, jax.Array]
     v0: dict[str, jax.Array]
+    down: dict[str, jax.Array]
 
 
 def start(
@@ -81,12 +86,13 @@ def start(
       ranges: largest magnitudes of what enters the weights whose inputs have learned steps, by name.
       nearest: v0 rounds to nearest; False is the paper's form without v0, which begins with halves everywhere.
       learn_inputs: inputs have one learned step each, as in the paper; else tokens are rounded by their largest value.
-      fitted: grids of weights that are not to be fitted anew, in the shapes of `grids.fit`.
+      fitted: grids, in the shapes of `grids.fit`, of weights whose codes were found together and so stay, but for what
+        is learned of their rounding, when steps change.
       leading: A1 of some weights, (d, rank), in place of normal numbers.
     Raises:
       ValueError: a form without zero points, or a scheme for a weight that is not there.
     """
-    learned, fixed = Learned({}, {}, {}), Fixed(dict(weights), {}, {})
+    learned, fixed = Learned({}, {}, {}), Fixed(dict(weights), {}, {}, {})
     for own, (name, scheme) in zip(jax.random.split(key, len(schemes)), sorted(schemes.items()), strict=True):
         if name not in weights:
             raise ValueError(f"schemes: the block has no weight {name!r}, only {', '.join(sorted(weights))}")
@@ -96,8 +102,11 @@ def start(
             raise ValueError(f"schemes: {name!r} has rule {scheme.form.rule!r}; learned rounding needs zero points")
         learned.steps[name], fixed.zeros[name] = grid
         parts, grid = _split(w, grid, scheme.form)
-        v0 = rounding.start(grids.divide(parts, grid.scales)) if nearest else jnp.zeros_like(parts)
+        ratio = grids.divide(parts, grid.scales)
+        v0 = rounding.start(ratio) if nearest else jnp.zeros_like(parts)
         fixed.v0[name] = grids.unite(v0, w, scheme.form)
+        if name in (fitted or {}):
+            fixed.down[name] = grids.unite(jnp.floor(ratio), w, scheme.form)
         a1 = (leading or {}).get(name)
         a1 = jax.random.normal(own, (w.shape[0], rank), w.dtype) if a1 is None else a1
         learned.factors[name] = a1, jnp.zeros((rank, w.size // w.shape[0]), w.dtype)
@@ -228,23 +237,32 @@ def _v(name: str, learned: Learned, fixed: Fixed) -> jax.Array:
 
 
 def _soft(name: str, learned: Learned, fixed: Fixed, form: Form, decided: bool = False) -> jax.Array:
-    w = fixed.weights[name]
-    parts, grid = _split(w, Grid(learned.steps[name], fixed.zeros[name]), form)
+    parts, grid = _parts(name, learned, fixed, form)
     v = _v(name, learned, fixed)
     added = rounding.share(v)
     added = grids.blocks(fake.straight_through((v >= 0).astype(v.dtype), added) if decided else added, form)
-    return grids.unite(rounding.soft(parts, grid, added, form.bits, through=True), w, form)
+    soft = rounding.soft(parts, grid, added, form.bits, through=name not in fixed.down)
+    return grids.unite(soft, fixed.weights[name], form)
 
 
 def _hard(name: str, learned: Learned, fixed: Fixed, form: Form) -> Quantized:
     w, axis = fixed.weights[name], form.axis % fixed.weights[name].ndim
-    kept = Grid(learned.steps[name], fixed.zeros[name])
-    parts, grid = _split(w, kept, form)
+    parts, grid = _parts(name, learned, fixed, form)
     up = grids.blocks(_v(name, learned, fixed), form) >= 0
     codes = jnp.floor(grids.divide(parts, grid.scales)) + up.astype(parts.dtype) + grid.zeros
     codes = jnp.clip(codes, *grids.limits(form.bits, signed=False)).astype(jnp.uint8)
     codes = codes.reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
+    kept = learned.steps[name], fixed.zeros[name]
     return check(Quantized(codes, *kept, None, form.bits, axis, parts.shape[axis + 1], w.shape[axis]))
+
+
+def _parts(name: str, learned: Learned, fixed: Fixed, form: Form) -> tuple[jax.Array, Grid]:
+    """Groups of what is rounded, and the grid that broadcasts against them."""
+    grid = Grid(learned.steps[name], fixed.zeros[name])
+    if name not in fixed.down:
+        return _split(fixed.weights[name], grid, form)
+    down, grid = _split(fixed.down[name], grid, form)
+    return (down + 0.5) * grid.scales, grid  # in the middle, so that division does not lead to another code
 
 
 def _split(w: jax.Array, grid: Grid, form: Form) -> tuple[jax.Array, Grid]:

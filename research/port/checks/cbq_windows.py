@@ -110,7 +110,7 @@ def _block(w: dict, prefix: str, meta: dict) -> tuple[Learned, Fixed, dict[str, 
     a1, a2 = pick("A1"), pick("A2")
     starts = {name: jnp.zeros_like(own[name]) for name in names} | pick("V0")
     learned = Learned(pick("w_scale"), pick("act_scale"), {name: (a1[name], a2[name]) for name in names})
-    fixed = Fixed({key: value for key, value in own.items() if "." not in key}, pick("zero"), starts)
+    fixed = Fixed({key: value for key, value in own.items() if "." not in key}, pick("zero"), starts, {})
     group = lambda name: own[name].shape[1] // own[f"{name}.w_scale"].shape[1]
     bits = lambda name: meta["a_bits"] if name in learned.inputs else None
     forms = {name: Form(meta["w_bits"], axis=-1, group=group(name)) for name in names}

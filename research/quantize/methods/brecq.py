@@ -80,7 +80,7 @@ class Brecq:
     def _decided(self, problem: Problem, weights, schemes: Schemes, x, wanted, rng, blocks: Blocks | None) -> dict:
         """Kernels in few bits for which what leaves a block, or with None a single layer, is near what is wanted."""
         learned, zeros, v = _start(weights, problem.key, schemes=schemes)
-        fixed, moments = window.Fixed(weights, zeros, {}), optax.adam(self.rate).init(v)
+        fixed, moments = window.Fixed(weights, zeros, {}, {}), optax.adam(self.rate).init(v)
         for step in range(1, self.iterations + 1):
             rows = _drawn(rng, len(x), self.texts)
             beta = jnp.float32(rounding.temperature(step, self.iterations, self.warm_up))
