@@ -149,8 +149,9 @@ def _tiled(x: jax.Array, weight: Packed, scales: jax.Array, exact: bool) -> jax.
             if not exact:
                 split = tile.reshape(groups, -1, columns) * mine[:, None]
                 return total + inputs @ split.reshape(rows, columns)
-            parts = jnp.einsum("mgk,gkn->gmn", inputs.reshape(m, groups, -1), tile.reshape(groups, -1, columns))
-            return total + jnp.sum(parts * mine[:, None], axis=0)
+            # Not one product with groups as an axis, which XLA computes group by group on one core.
+            parts = zip(jnp.split(inputs, groups, axis=1), jnp.split(tile, groups), mine, strict=True)
+            return total + sum((part @ codes) * scale[None] for part, codes, scale in parts)
 
         return jax.lax.fori_loop(0, x.shape[1] // rows, add, jnp.zeros((m, columns), x.dtype))
 
