@@ -14,6 +14,7 @@ Not run on hardware.
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -270,10 +271,12 @@ class _Machine(NamedTuple):
 _SINGLE = plgpu.Layout.TILED(
     plgpu.Tiling(((64, 8), (16, 8), (8, 8), (2,), (1,))), warp_dims=(-8,), lane_dims=(-4, -3), vector_dim=-1
 )
+# JAX 0.10 asks for an index, which 0.11 warns of.
+_INDEX = ((),) if inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty else ()
 
 
 def _turned(ref) -> jax.Array:
-    words = plgpu.load(plgpu.transpose_ref(ref, (1, 0)), (), layout=_SINGLE, optimized=False)
+    words = plgpu.load(ref.transpose((1, 0)), *_INDEX, layout=_SINGLE, optimized=False)
     return plgpu.layout_cast(words, plgpu.Layout.WGMMA)
 
 
