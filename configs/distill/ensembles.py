@@ -16,7 +16,7 @@ from configs.distill import imagenet
 from research.core.config import parse_arg
 
 METHODS = ("meal_v2", "funmatch")
-BIT_SMALL = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 16), stem_chs=4, width_factor=1, groupnorm_groups=2)
+BIT_SMALL = dict(layers=(1, 1), channels=(8, 16), stem_chs=4, width_factor=1, groupnorm_groups=2)
 
 
 def get_config(arg: str = ""):

@@ -9,7 +9,7 @@ paper's equation).
 from ml_collections import ConfigDict
 
 from configs import common
-from configs.distill import imagenet, ofa
+from configs.distill import imagenet
 from research.core.config import parse_arg
 
 LAMBDA = 0.3
@@ -56,7 +56,7 @@ def config(arg: str, c: ConfigDict, model: str, gpus: int, head: dict, smoothing
     """
     chosen = parse_arg(arg, arms="none+text", loss="clip", smoke=False)
     share = c.batch_size // gpus
-    small = ofa.small(model) if chosen.smoke else {}
+    small = imagenet.smoke_options(model) if chosen.smoke else {}
     shared = dict(
         label_loss="ce",
         smoothing=smoothing,

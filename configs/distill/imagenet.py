@@ -28,10 +28,15 @@ ARMS = {
     "crd": dict(hint="crd", label_loss="ce"),
     "review": dict(hint="review", label_loss="ce"),
 }
-CONV_SMALL = dict(layers=(1, 1, 1, 1), channels=(4, 4, 8, 8))
+# Two stages and two blocks: strides and rates of dropped paths that differ. A teacher's blocks are all alike.
+CONV_SMALL = dict(layers=(1, 1), channels=(4, 8))
 TOKENS_SMALL = dict(img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3)
-SMALL = {"resnet": CONV_SMALL, "vit": TOKENS_SMALL, "beitv2": TOKENS_SMALL}
-SMALL["convnextv2"] = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16))
+SMALL = {
+    "resnet": CONV_SMALL,
+    "convnext": dict(depths=(1, 1), dims=(8, 16)),
+    **dict.fromkeys(("vit", "deit"), TOKENS_SMALL),
+    "beitv2": {**TOKENS_SMALL, "depth": 1},
+}
 
 
 def recipe(name: str) -> ConfigDict:
@@ -75,7 +80,7 @@ def config(arg: str, student: str, recipe_name: str, **options) -> ConfigDict:
     chosen = parse_arg(arg, teacher="beitv2_base", arms="kd", smoke=False)
     c = recipe(recipe_name)
     model = TEACHERS.get(chosen.teacher, chosen.teacher)
-    small = {name: _small(name) if chosen.smoke else {} for name in (student, model)}
+    small = {name: smoke_options(name) if chosen.smoke else {} for name in (student, model)}
     shared = dict(
         dtype="float32" if chosen.smoke else "bfloat16",
         smoothing=0.1 if recipe_name == "a1" else 0.0,
@@ -90,7 +95,7 @@ def config(arg: str, student: str, recipe_name: str, **options) -> ConfigDict:
     return smoke(c) if chosen.smoke else c
 
 
-def _small(model: str) -> dict:
+def smoke_options(model: str) -> dict:
     """Constructor options that make a model small enough for a test."""
     return next(options for family, options in SMALL.items() if model.startswith(family))
 

@@ -56,14 +56,23 @@ PAIRS = {
 CIFAR_STATS = {"mean": (0.5071, 0.4865, 0.4409), "std": (0.2673, 0.2564, 0.2762)}
 AFFINE = r"/(alpha|beta)$"  # stored as (1, 1, C) officially, which timm's rule decays
 _TOKENS = dict(img_size=32, patch_size=8, embed_dim=12)
+_SWIN = dict(img_size=32, embed_dim=8)
+# Students have four stages, or the six blocks that four taps need; of teachers the last features alone count.
 SMALL = {
-    "resnet": imagenet.CONV_SMALL,
+    "resnet": dict(layers=(1, 1, 1, 1), channels=(4, 4, 8, 8)),
     "mobilenet": dict(stages=(("ds_r1_k3_s1_c8",), *[("ir_r1_k3_s2_e2_c8",)] * 4), stem=8, head=16),
-    "convnext": dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)),
-    "swin": dict(img_size=32, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2)),
-    **dict.fromkeys(("vit", "deit"), {**_TOKENS, "depth": 6, "num_heads": 3}),
-    **dict.fromkeys(("mixer", "resmlp"), {**_TOKENS, "num_blocks": 6}),
+    "swin": {**_SWIN, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+    "deit": {**_TOKENS, "depth": 6, "num_heads": 3},
+    "resmlp": {**_TOKENS, "num_blocks": 6},
 }
+SMALL_TEACHERS = {
+    **imagenet.SMALL,
+    "swin": {**_SWIN, "depths": (1, 1), "num_heads": (1, 2)},
+    **dict.fromkeys(("vit", "deit"), {**_TOKENS, "depth": 1, "num_heads": 3}),
+    "mixer": {**_TOKENS, "num_blocks": 1},
+}
+# Stages whose branches a smoke run trains: all where a family of students comes first, two where it comes again.
+SMOKE_STAGES = {"imagenet_cnn": (1, 2, 3, 4), "imagenet_tokens": (1, 2, 3, 4)}
 
 
 def recipe(name: str) -> tuple[ConfigDict, int]:
@@ -128,29 +137,32 @@ def config(arg: str, recipe_name: str, pair: str) -> ConfigDict:
         c.eval.crop = 0.9
 
     strong, convolutional = recipe_name == "imagenet_stronger", student.startswith(("resnet", "mobilenet"))
-    reduced = {model: small(model) if chosen.smoke else {} for model in (student, teacher)}
+    own, taught = (small(student, SMALL), small(teacher, SMALL_TEACHERS)) if chosen.smoke else ({}, {})
     stats = CIFAR_STATS if recipe_name.startswith("cifar") else {}
     options = {"bn_group": share} if convolutional else {}
     shared = dict(
         label_loss="bce" if strong else "ce",
         smoothing=0.0 if strong else 0.1,
         dtype="float32" if chosen.smoke else "bfloat16",
-        options={**options, **stats, **({"drop_path": 0.05} if strong else {}), **reduced[student]},
+        options={**options, **stats, **({"drop_path": 0.05} if strong else {}), **own},
         group=share,
     )
     eps = chosen.eps or given["eps"]
-    weights = dict(loss_options=dict(eps=eps), hint_options=dict(eps=eps), hint_weight=given.get("weight", 1.0))
+    stages = dict(stages=SMOKE_STAGES.get(recipe_name, (2, 4))) if chosen.smoke else {}
+    weights = dict(
+        loss_options=dict(eps=eps), hint_options=dict(eps=eps, **stages), hint_weight=given.get("weight", 1.0)
+    )
     table = imagenet.ARMS | {"ofa": dict(loss="ofa", hint="ofa", **weights)}
     names = chosen.arms.split("+")
     if unknown := [name for name in names if name not in table]:
         raise ValueError(f"config argument arms: no arm {unknown[0]!r}; there are {', '.join(table)}")
     arms = {name: {**table[name], "label_loss": shared["label_loss"]} for name in names}
     c.students = common.arms(**{name: common.student(student, **{**shared, **arm}) for name, arm in arms.items()})
-    c.teacher = common.teacher(model=teacher, dtype="bfloat16", options={**stats, **reduced[teacher]})
+    c.teacher = common.teacher(model=teacher, dtype="bfloat16", options={**stats, **taught})
     c.save.best = f"{names[0]}/top1"  # the published accuracies are those of the best epoch
     return imagenet.smoke(c) if chosen.smoke else c
 
 
-def small(model: str) -> dict:
+def small(model: str, table: dict[str, dict]) -> dict:
     """Constructor options that make a model small enough for a test."""
-    return next(options for family, options in SMALL.items() if model.startswith(family))
+    return next(options for family, options in table.items() if model.startswith(family))

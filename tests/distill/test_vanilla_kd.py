@@ -15,12 +15,17 @@ from research.distill import vanilla_kd
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.usefixtures("one_device")
 CONFIGS = sorted(p for p in (ROOT / "configs" / "distill").glob("*.py") if "def get_config" in p.read_text())
-# The eight ImageNet configs differ in student and recipe. Between them the smoke runs cover every student, both
-# recipes, all teachers and all arms; a config not listed trains its own default arms.
+# The ImageNet configs differ in student and recipe. Between them the smoke runs cover every student, both recipes, all
+# teachers and all arms, each arm once where it compiles soonest; a config not listed trains its own default arms.
 ARGUMENTS = {
-    "vanilla_kd_r50_a1": "arms=kd+bkd+cc+rkd,teacher=resnet152,smoke",
-    "vanilla_kd_r50_a2": "arms=crd+review,teacher=resnet152,smoke",
+    "vanilla_kd_r50_a1": "arms=bkd,teacher=resnet152,smoke",
+    "vanilla_kd_r50_a2": "arms=review,teacher=resnet152,smoke",
+    "vanilla_kd_vit_s_a1": "arms=crd,smoke",
     "vanilla_kd_vit_s_a2": "teacher=beitv2_large,smoke",
+    "vanilla_kd_vit_ti_a1": "arms=kd+cc,smoke",
+    "vanilla_kd_vit_ti_a2": "arms=rkd,smoke",
+    "gpt4image_convnext_t": "arms=text,smoke",
+    "gpt4image_deit_b": "arms=text,smoke",
     "cifar_compare": "pair=resnet20-vit,arms=fitnet+sp+ofa,smoke",
     "ofa_cifar_cnn": "pair=mixer_b-mobilenetv2,smoke",
 }
