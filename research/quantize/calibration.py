@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -61,6 +62,7 @@ class Problem:
       carried: of each block, from the window before; None where it is new.
       key: randomness of this window.
       batch: texts at a time in passes without learning.
+      folder: where activations are kept, see `room`; "" for memory.
     """
 
     blocks: Blocks
@@ -73,6 +75,14 @@ class Problem:
     carried: Sequence[Any]
     key: jax.Array
     batch: int
+    folder: str | os.PathLike = ""
+
+    def room(self) -> np.ndarray:
+        """An array for activations like `exact`; in a file that vanishes with it, where activations are in files."""
+        if not self.folder:
+            return np.empty_like(self.exact)
+        with tempfile.TemporaryFile(dir=storage.folder(self.folder)) as file:
+            return np.memmap(file, self.exact.dtype, "w+", shape=self.exact.shape)
 
 
 class Method(Protocol):
@@ -132,9 +142,9 @@ def calibrate(
         raise ValueError(f"calibration data of shape {tokens.shape}: give texts (S, N), one window of tokens at least")
     if not 0 <= method.overlap < method.window:
         raise ValueError(f"overlap: {method.overlap} blocks is not from 0 to below the window's {method.window}")
-    walk = _Walk(blocks, params, _schemes(blocks, params, settings), batch)
+    walk = _Walk(blocks, params, _schemes(blocks, params, settings), batch, folder)
     store = Store(folder, _identity(model, params, tokens, settings, method, seed)) if folder else None
-    walk.start(tokens, folder)
+    walk.start(tokens)
     for index in range(store.done() if store else 0):
         walk.advance(index, Outcome(*store.block(index)))
     carried, started, resumed = store.carried() if store else {}, time.monotonic(), len(walk.done)
@@ -177,25 +187,25 @@ def draw(tokens: np.ndarray, texts: int, context: int, seed: int = 0) -> np.ndar
 class _Walk:
     """Where calibration stands: the activations before the next block, and what was made of those before it."""
 
-    def __init__(self, blocks: Blocks, params: Mapping, schemes: list[Schemes], batch: int):
-        self.blocks, self.params, self.schemes, self.batch = blocks, params, schemes, batch
+    def __init__(self, blocks: Blocks, params: Mapping, schemes: list[Schemes], batch: int, folder: str | os.PathLike):
+        self.blocks, self.params, self.schemes, self.batch, self.folder = blocks, params, schemes, batch, folder
         self.done: list[Outcome] = []
         self.errors: list[float] = []
 
-    def start(self, tokens: np.ndarray, folder: str | os.PathLike) -> None:
+    def start(self, tokens: np.ndarray) -> None:
         begin = jax.jit(self.blocks.start)
         outer = {name: value for name, value in self.params.items() if not name.startswith("layers_")}
         x, self.shared = begin(outer, tokens[:1])
         shape = (*tokens.shape, x.shape[-1])
-        self.exact, self.rough = (_array(folder, name, shape, x.dtype) for name in ("exact", "rough"))
+        self.exact, self.rough = (_array(self.folder, name, shape, x.dtype) for name in ("exact", "rough"))
         for rows in batches(len(tokens), self.batch):
             self.exact[rows] = self.rough[rows] = begin(outer, tokens[rows])[0]
 
     def problem(self, inside: range, carried: Sequence[Any], key: jax.Array) -> Problem:
         weights = [jax.tree.map(jnp.asarray, self.blocks.own(self.params, index)) for index in inside]
         schemes = [self.schemes[index] for index in inside]
-        streams = self.exact, self.rough
-        return Problem(self.blocks, inside[0], weights, schemes, *streams, self.shared, carried, key, self.batch)
+        given = self.exact, self.rough, self.shared, carried, key, self.batch, self.folder
+        return Problem(self.blocks, inside[0], weights, schemes, *given)
 
     def check(self, inside: range) -> None:
         """Raises ValueError for a window whose unquantised blocks give activations that are not finite."""

@@ -17,6 +17,7 @@ from research.quantize import cfp, gptq, rounding, window
 from research.quantize.calibration import Outcome, Problem, batches, observe
 from research.quantize.grids import Grid
 from research.quantize.methods.gptq import naming
+from research.quantize.methods.passes import outputs
 from research.quantize.sequence import folded, kernel
 from research.quantize.window import Fixed, Learned
 
@@ -152,7 +153,7 @@ def _seen(problem: Problem, weights, stream: np.ndarray) -> tuple[np.ndarray, di
     """What leaves an unquantised block, and by path what enters its kernels."""
     paths = [kernel(layer) for stage in problem.blocks.plan.stages for layer in stage]
     nothing = lambda k: Seen(jnp.full(k, jnp.inf), jnp.full(k, -jnp.inf), gptq.second_moment(k))
-    state, left = {path: nothing(len(weights[path])) for path in paths}, np.empty_like(stream)
+    state, left = {path: nothing(len(weights[path])) for path in paths}, problem.room()
     for rows in batches(len(stream), problem.batch):
         left[rows], state = observe(problem.blocks, weights, stream[rows], problem.shared, reduce=_wider, state=state)
     return left, state
@@ -190,10 +191,7 @@ def _targets(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
     found = []
     for stream in (problem.exact, problem.rough):
         for weights in problem.weights:
-            left = np.empty_like(stream)
-            for rows in batches(len(stream), problem.batch):
-                left[rows] = observe(problem.blocks, weights, stream[rows], problem.shared)[0]
-            stream = left
+            stream = outputs(problem, weights, stream)
         found.append(stream)
     return tuple(found)
 

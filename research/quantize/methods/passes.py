@@ -25,7 +25,7 @@ def observed(
 
 def outputs(problem: Problem, weights: Mapping, stream: np.ndarray) -> np.ndarray:
     """What leaves an unquantised block, (S, N, C) on the host."""
-    left = np.empty_like(stream)
+    left = problem.room()
     for rows in batches(len(stream), problem.batch):
         left[rows] = observe(problem.blocks, weights, stream[rows], problem.shared)[0]
     return left
