@@ -7,8 +7,8 @@ inputs, so that sums of groups stand in rows of their own. A matrix unit takes w
 cost nothing. Zero points and the constant are taken off by sums of the same inputs, in float32.
 
 The first program of each core quantises the inputs, by their largest magnitude over all of K, repeats them and keeps
-them in VMEM for the others. Codes of both are multiplied in int8, in int4 where both have no more than 4 bits, and
-where a TPU has no such unit in bfloat16, whose sums over 256 products of codes are exact in float32.
+them in VMEM for the others. Codes of both are multiplied in int8, in int4 where weights have 4 bits and inputs no more,
+and where a TPU has no such unit in bfloat16, whose sums over 256 products of codes are exact in float32.
 """
 
 import functools
