@@ -37,7 +37,16 @@ from research.quantize.rules import Rule
 
 REAL = "real"
 SCORES = ("perplexity", "divergence")
-METHODS = ("rtn", "gptq:act_order=true", "awq", "smoothquant", "omniquant", "brecq", "cbq:window=1,overlap=0", "cbq")
+METHODS = (
+    "rtn",
+    "smoothquant",
+    "gptq:act_order=true",
+    "awq",
+    "omniquant:epochs=5,texts=4",
+    "brecq:iterations=150,texts=4,rate=0.04,input_iterations=60,input_rate=2e-3",
+    "cbq:window=1,overlap=0",
+    "cbq",
+)
 WITHOUT_DATA = ("rtn",)
 GRIDS = {"awq": "awq", "omniquant": "omniquant"}  # as published; all others "gptq"
 SETTINGS = ("W4A16", "W4A16g64", "W3A16", "W3A16g64", "W2A16", "W2A16g64", "W4A8", "W4A4")

@@ -193,7 +193,11 @@ def stop_after(windows):
 
 CASES = {
     "gptq": (FOUR, Gptq(), 4),
-    "cbq": ((Rule("^layers_", bits=4, group=8, activation_bits=4),), Cbq(epochs=2, texts=2), 3),
+    "cbq": (
+        (Rule("^layers_", bits=4, group=8, activation_bits=4),),
+        Cbq(epochs=2, texts=2, start="nearest", learn_inputs=True),
+        3,
+    ),
 }
 
 

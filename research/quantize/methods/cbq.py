@@ -35,7 +35,10 @@ class Seen(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Cbq:
-    """CBQ's settings.
+    """CBQ's settings; the defaults are what did best on a small LLaMA (research/quantize/README.md).
+
+    The paper's form, as far as it is known, is `start="halves", span="random", decided=False, rank=5,
+    truncate="paper", scale="paper", learn_inputs=True`.
 
     Fields:
       window, overlap: blocks learned together, and those of them that the next window learns again.
@@ -55,20 +58,20 @@ class Cbq:
 
     window: int = 2
     overlap: int = 1
-    epochs: int = 3
-    texts: int = 1
-    weight_rate: float = 1e-3
+    epochs: int = 5
+    texts: int = 4
+    weight_rate: float = 2e-3
     input_rate: float = 1e-3
-    factor_rate: float = 1e-2
-    rank: int = 5
-    start: str = "nearest"
+    factor_rate: float = 1e-3
+    rank: int = 16
+    start: str = "gptq"
     span: str = "inputs"
     decided: bool = True
     decide: float = 0.01
     hold: float = 0.2
-    truncate: str = "paper"
+    truncate: str = ""
     scale: str = "official"
-    learn_inputs: bool = True
+    learn_inputs: bool = False
 
     def __post_init__(self):
         allowed = {"start": STARTS, "span": SPANS, "truncate": ("", *CRITERIA), "scale": ("", *CRITERIA)}
