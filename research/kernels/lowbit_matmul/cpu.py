@@ -6,11 +6,11 @@ vectors of outputs: a code is masked where it stands in the word, and the power 
 the input, which is exact. Sums over `TERMS` inputs are written out term by term and are the loop's results, for XLA
 vectorises neither a reduction over rows nor a loop of a few rows; a product with ones adds them.
 
-More tokens: tiles of `TILE` numbers, which stay in caches, are dequantised and multiplied one after the other, so that
-no more than one is held in real numbers. Above some 32 tokens that costs as much as the product of real numbers.
+More tokens: tiles of at most `TILE` rows and columns, which stay in caches, are dequantised and multiplied one after
+the other, so that no more than one is in real numbers. From some 32 tokens on that costs as much as a real product.
 
 Quantised activations are integers in floating numbers. No sum of less than 2^24 / 128 / 127 = 1,032 of their products
-is ever rounded; those of `TERMS` inputs or of a tile's rows are fewer, and what is added up further is already scaled.
+is ever rounded; those of `TERMS` inputs or of a tile's rows are fewer. Sums of these are rounded to floating numbers.
 """
 
 import math
