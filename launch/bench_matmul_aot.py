@@ -166,9 +166,13 @@ def _few(name, bits, group: int, chip: str, tokens: int, shape: tuple[int, int],
     around = hlo.parse(call.lower(x, weight).compile().as_text()).cycles
     files = [file for file in set(pathlib.Path(folder).iterdir()) - old if "-final_bundles" in file.name]
     schedules = [read(file.read_text()) for file in files if re.search(r"-lowbit_matmul[\w.]*-\d+-final", file.name)]
-    if not schedules or schedules[0] is None:
-        raise UserError(f"libtpu wrote no schedule of {name} that can be read: try the version of the README")
     plan = tpu.plan(x, weight, of_inputs, blocks)
+    loops = (of_inputs is not None) + len(plan.fields) + 1
+    if not schedules or schedules[0] is None or len(schedules[0].inside) != loops:
+        raise UserError(
+            f"libtpu wrote no schedule of {name} at {k}x{n} that can be read: it takes several programs and turns of "
+            "their loops, 4096x1024 at least, and the version of the README"
+        )
     instructions = around + _instructions(schedules[0], plan)
     memory = (weight.nbytes + 2 * tokens * (k + n)) / rates(chip)[0]
     return Expected(name, chip, tokens, shape, instructions, memory, max(memory, instructions))
