@@ -141,8 +141,8 @@ class Cbq:
         if self.start == "gptq":
             for path, scheme in schemes.items():
                 with naming(problem.first + index, path):
-                    order = scheme.form.group is None  # groups stay those of neighbours
-                    found = gptq.gptq(weights[path], seen[path].moment, scheme.form, act_order=order)
+                    order = {"act_order": True, "static_groups": True}  # groups stay those of neighbours
+                    found = gptq.gptq(weights[path], seen[path].moment, scheme.form, **order)
                 weights, fitted[path] = weights | {path: found.rounded}, Grid(found.weight.scales, found.weight.zeros)
         leading = {}
         if self.span == "inputs":
