@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import traverse_util
 
+from research.core import sharding
 from research.kernels.lowbit_matmul import ACTIVATION_BITS, Packed, lowbit_matmul
 from research.quantize.fake import fake_quantize, stepped
 from research.quantize.grids import Form
@@ -199,7 +200,8 @@ def product(layer: nn.Dense, x: jax.Array, kernel: Quantized | Packed, bits: int
     packed = pack(kernel) if isinstance(kernel, Quantized) else kernel
     bias = layer.get_variable("params", "bias") if layer.use_bias else None
     x, _, bias = layer.promote_dtype(x, packed.scales, bias, dtype=layer.dtype)
-    return lowbit_matmul(x, packed, bias, activation_bits=bits)
+    mesh = sharding.around(x.shape[0] if x.ndim > 1 else 1)
+    return lowbit_matmul(x, packed, bias, activation_bits=bits, mesh=mesh)
 
 
 def _changed(params, rules, change: Callable) -> dict:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
@@ -15,6 +16,8 @@ from research.core import sharding
 from research.kernels.lowbit_matmul import Blocks, lowbit_matmul, pack_codes, tpu, tpu_plan
 from research.kernels.lowbit_matmul.layout import PLANES, Packed, padded_rows
 from research.pods import chips
+from research.quantize import rules
+from research.quantize.rules import Rule
 
 F32, BF16 = jnp.float32, jnp.bfloat16
 SMALL = Blocks(columns=128, rows=64, unrolled=2)
@@ -157,6 +160,19 @@ def test_the_kernel_is_lowered_on_tpus_alone_and_by_default_on_a_mesh():
     assert "tpu_custom_call" not in lowered("tpu")  # there are 8 devices, and no mesh
     assert "tpu_custom_call" not in lowered("tpu", jnp.float16, form="kernel")
     assert "tpu_custom_call" not in lowered("tpu", weight=shaped(256, 6, 4, 48), form="kernel")
+
+
+def test_a_model_in_the_context_of_a_mesh_runs_the_kernel():
+    model, x = nn.Dense(6), jnp.ones((8, 256))
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), x))["params"]
+    settings = (Rule("", bits=4, group=128),)
+    packed = jax.eval_shape(lambda p: rules.pack_params(rules.quantize_params(p, settings)), params)
+    call = jax.jit(rules.apply(model))
+    for rows in (8, 3):
+        with jax.set_mesh(sharding.mesh({"data": 4, "tensor": 2})):
+            traced = call.trace({"params": packed}, jax.ShapeDtypeStruct((rows, 256), F32))
+            text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert ("tpu_custom_call" in text) == (rows == 8)  # 3 rows do not divide
 
 
 @pytest.mark.parametrize(
