@@ -20,6 +20,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 FAMILIES = {
     "backbones": "configs/backbones/vanillanet.py:smoke",
     "distill": "configs/distill/vanilla_kd_r50_a2.py:smoke",
+    "language": "configs/language/wikitext_small.py:smoke",
+    "quantize": "configs/quantize/gpusq_vit_small.py:smoke",
     "tokens": "configs/tokens/ppt_deit_s.py:smoke",
 }
 TINY = ["--config", "tests/launch/tiny.py", "--config.eval.batch_size=16", "--train-only", "--json"]
