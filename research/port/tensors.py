@@ -54,7 +54,9 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray], metadata: M
     path = storage.folder(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are written as .safetensors, give the file that suffix")
-    storage.write(path, safetensors.numpy.save({k: np.asarray(v, order="C") for k, v in arrays.items()}, dict(metadata)))
+    # Not `ascontiguousarray`, which makes vectors of scalars.
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+    storage.write(path, safetensors.numpy.save(contiguous, dict(metadata)))
 
 
 def unwrap(content, path: str | os.PathLike) -> dict:
