@@ -16,7 +16,7 @@ from research.quantize.rules import Rule
 
 SETTINGS = (Rule("^layers_", bits=2, group=16, activation_bits=8),)
 TOKENS = np.random.default_rng(0).integers(0, 32, (8, 16))
-METHOD = Cbq(window=2, epochs=1, texts=4)
+METHOD = Cbq(window=2, epochs=1, texts=4, rank=2)  # so small a network has weights as small as factors of rank 16
 DEPTHS = 4, 12
 PROGRAMS = {}  # compiled functions, by what they were compiled for
 
