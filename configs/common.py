@@ -136,7 +136,7 @@ def teacher(model: str = "", *, recipe: str = "", dtype: str = "float32", option
     t.options = ConfigDict(options or {})  # of the model's constructor
     t.labels = ""  # folder of launch.labels: its stored labels take the place of the model, which never runs
     t.densify = "smooth"  # what stored labels of fewer than all classes become: smooth, zeros, renormalize
-    t.ensemble = ConfigDict()  # further teachers by name, each as this one; see research.distill.teachers
+    t.ensemble = ConfigDict()  # further teachers by name, each as this one; see research.backbones.teachers
     t.text = ""  # file of research.distill.text_targets, beside a model or without one; "random": made up
     t.recipe = recipe  # config file (and argument) that trains the teacher, its arm called `teacher`
     t.workdir = ""  # where the recipe trains; "": <workdir>/teacher

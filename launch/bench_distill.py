@@ -27,10 +27,11 @@ from rich.table import Table
 
 from configs import common
 from launch import bench_train, train
+from research.backbones import teachers
 from research.core import config as configs
 from research.core import errors
 from research.core.report import measured
-from research.distill import losses, step_cost, teachers
+from research.distill import losses, step_cost
 
 LOSSES = ("kd", "dkd", "nkd", "lskd", "dist", "multilevel", "ofa")
 HINTS = ("fitnet", "review", "rkd", "crd")

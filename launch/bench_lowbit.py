@@ -15,7 +15,6 @@ import argparse
 import functools
 import json
 import math
-import re
 import statistics
 import sys
 import time
@@ -28,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import perplexity as measuring
+from launch.bench_matmul import bits_of
 from research.core import storage
 from research.core.errors import UserError
 from research.data import text as texts
@@ -50,7 +50,6 @@ METHODS = (
 WITHOUT_DATA = ("rtn",)
 GRIDS = {"awq": "awq", "omniquant": "omniquant"}  # as published; all others "gptq"
 SETTINGS = ("W4A16", "W4A16g64", "W3A16", "W3A16g64", "W2A16", "W2A16g64", "W4A8", "W4A4")
-_SETTING = re.compile(r"W([1-8])A([2-8]|16)(?:g(\d+))?")
 
 
 def setting(text: str, grid: str = "gptq") -> Rule:
@@ -59,12 +58,11 @@ def setting(text: str, grid: str = "gptq") -> Rule:
     Raises:
       UserError: another form.
     """
-    found = _SETTING.fullmatch(text)
-    if not found:
-        raise UserError(f"--settings: {text!r} is not of the form W4A16, W4A8 or W2A16g64")
-    bits, inputs, group = found.groups()
-    few = None if inputs == "16" else int(inputs)
-    return Rule("^layers_", int(bits), group and int(group), few, grid, pad=True)
+    name, grouped, group = text.partition("g")
+    bits, inputs = bits_of(name, "--settings")
+    if grouped and not group.isdecimal():
+        raise UserError(f"--settings: {text!r} has no number of inputs to a scale after g, as W2A16g64 has")
+    return Rule("^layers_", bits, int(group) if grouped else None, inputs, grid, pad=True)
 
 
 class Scorer:

@@ -92,15 +92,17 @@ class Case(NamedTuple):
         return [b / a for a, b in zip(self.seconds[name], self.seconds[other], strict=True)]
 
 
-def bits_of(name: str) -> tuple[int, int | None]:
+def bits_of(name: str, option: str = "--formats") -> tuple[int, int | None]:
     """(bits of weights, bits of activations or None) of "W4A16".
 
+    Args:
+      option: of the command line, for the message.
     Raises:
       UserError: another form.
     """
     found = _FORMAT.fullmatch(name)
     if not found:
-        raise errors.UserError(f"--formats: {name!r} is not of the form W4A16 or W4A8")
+        raise errors.UserError(f"{option}: {name!r} is not of the form W4A16 or W4A8")
     return int(found[1]), None if found[2] == "16" else int(found[2])
 
 

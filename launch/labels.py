@@ -28,14 +28,14 @@ from PIL import Image
 
 from launch import train
 from launch.shards import Progress
-from research.backbones import classify
+from research.backbones import classify, teachers
 from research.core import config as configs
 from research.core import sharding, storage
 from research.core.errors import UserError, cli
 from research.data import augment, convert, label_files, labelled_views, pipeline, transforms, views
 from research.data.base import BadExample, Source
 from research.data.store import Store
-from research.distill import stored, teachers
+from research.distill import stored
 
 Label = Callable[[np.ndarray], dict[str, np.ndarray]]  # uint8 images (B, H, W, 3) -> arrays (B, ...)
 Item = tuple[int, bytes, np.ndarray | None]  # index of an example, description of a view, its image (None: unreadable)

@@ -84,6 +84,17 @@ def table(score: perplexity.Score) -> Table:
     return shown
 
 
+def add_options(found: argparse.ArgumentParser, batch_size: int) -> None:
+    """What a model and a text to read with it are named by; `batch_size` by default."""
+    found.add_argument("--model", required=True, type=storage.folder, metavar="FOLDER", help="config.json and weights")
+    found.add_argument("--data", required=True, help="folder, .zip or text file")
+    found.add_argument("--files", default="*", metavar="NAME,…", help="those of the folder or zip, * for anything; all")
+    found.add_argument("--tokenizer", help="its file or folder, if not in the model's")
+    found.add_argument("--context", type=int, help=f"tokens of a window; the model's, at most {CONTEXT}, by default")
+    found.add_argument("--batch-size", type=int, default=batch_size, help=f"windows at a time, {batch_size} by default")
+    found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+
+
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="python -m launch.perplexity",
@@ -91,13 +102,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    found.add_argument("--model", required=True, type=storage.folder, metavar="FOLDER", help="config.json and weights")
-    found.add_argument("--data", required=True, help="folder, .zip or text file")
-    found.add_argument("--files", default="*", metavar="NAME,…", help="those of the folder or zip, * for anything; all")
-    found.add_argument("--tokenizer", help="its file or folder, if not in the model's")
-    found.add_argument("--context", type=int, help=f"tokens of a window; the model's, at most {CONTEXT}, by default")
-    found.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"windows at a time, {BATCH_SIZE} by default")
-    found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the computation")
+    add_options(found, BATCH_SIZE)
     found.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return found
 

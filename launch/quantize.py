@@ -113,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     known = ", ".join(methods.METHODS)
-    found.add_argument("--model", required=True, type=storage.folder, metavar="FOLDER", help="config.json and weights")
+    perplexity.add_options(found, BATCH_SIZE)
     found.add_argument("--out", required=True, type=storage.folder, metavar="FOLDER", help="what is written")
     found.add_argument("--method", required=True, metavar="NAME:KEY=VALUE,…", help=f"{known}, with options")
     found.add_argument("--bits", required=True, type=int, help="of a weight, 1 to 8")
@@ -124,15 +124,8 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--activation-bits", type=int, help="of the layers' inputs, 2 to 8; they stay by default")
     found.add_argument("--layout", choices=WAYS, default=WAYS[0], help=f"of the written weights, {WAYS[0]} by default")
-    found.add_argument("--data", required=True, help="folder, .zip or text file")
-    found.add_argument("--files", default="*", metavar="NAME,…", help="those of the folder or zip, * for anything; all")
-    found.add_argument("--tokenizer", help="its file or folder, if not in the model's")
     found.add_argument("--texts", type=int, default=TEXTS, help=f"how many windows, {TEXTS} by default")
-    most = perplexity.CONTEXT
-    found.add_argument("--context", type=int, help=f"tokens of a window; the model's, at most {most}, by default")
     found.add_argument("--seed", type=int, default=0, help="of the windows' places and of what the method draws")
-    found.add_argument("--batch-size", type=int, default=BATCH_SIZE, help=f"windows at a time, {BATCH_SIZE} by default")
-    found.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the activations")
     found.add_argument("--work", type=storage.folder, metavar="FOLDER", help="kept on the way, to resume")
     found.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     return found

@@ -22,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from research.backbones import teachers
 from research.core import cluster, cost, environment, loop, peaks, profile, runner, runs, storage, writers
 from research.core import config as configs
 from research.core.checkpoint import Checkpoints
@@ -29,7 +30,6 @@ from research.core.errors import UserError, cli
 from research.core.experiment import Experiment
 from research.core.watchdog import Watchdog
 from research.data import labelled_views, pipeline, sources, transforms, views
-from research.distill import teachers
 from research.pods import aot
 from research.port import checkpoint
 

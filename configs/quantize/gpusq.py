@@ -62,7 +62,6 @@ def fill(c: ConfigDict, stage: str, names: str, model: str, options: dict, featu
         raise UserError(f"config argument arms: no arm {unknown[0]!r} of {stage}; there are {', '.join(table)}")
     c.experiment = MODULE
     c.distill = ConfigDict()
-    c.distill.temperature = 1.0
     c.distill.features = features
     c.distill.labels = "true"  # or teacher: its most likely classes, without any true ones
     c.distill.smoothing = 0.0  # of the true labels

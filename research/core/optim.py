@@ -166,6 +166,17 @@ def _scale_by_group(groups: Sequence[tuple[str, float, int]]) -> optax.GradientT
     return optax.GradientTransformation(lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update)
 
 
+def descend(rule: optax.GradientTransformation, gradients, state, params) -> tuple:
+    """(params, state) after one update of a rule of optax, which counts steps in integers: strict promotion is lifted.
+
+    Args:
+      gradients: of `params`, a pytree of their form; state: of the rule, `rule.init(params)` at first.
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        changes, state = rule.update(gradients, state, params)
+        return optax.apply_updates(params, changes), state
+
+
 def _any_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """`inner` under JAX's usual dtype promotion: optax itself does not pass the strict one."""
 

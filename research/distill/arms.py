@@ -11,10 +11,10 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from research.backbones import classify
+from research.backbones import classify, teachers
 from research.core import config as configs
 from research.core import optim, schedules, scope
-from research.distill import dot, hints, losses, teachers
+from research.distill import dot, hints, losses
 
 DOT = "dot"  # optimizer.name of an arm whose two losses have a momentum each
 OPTIONS = "loss_options"

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.backbones import classify
+from research.backbones import classify, teachers
 from research.core import config as configs
 from research.core import cost
 from research.data import mixup
-from research.distill import arms, teachers, text_targets
+from research.distill import arms, text_targets
 from research.distill.hints import Hint
 
 

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.backbones import classify
+from research.backbones import classify, teachers
 from research.core import cost, optim
 from research.core import experiment as engine
 from research.core import metrics as metrics_lib
 from research.core.staged import staged
 from research.data import mixup
 from research.distill import arms as arms_lib
-from research.distill import stored, teachers, text_targets
+from research.distill import stored, text_targets
 from research.distill.arms import optimizer
 from research.distill.multilevel import Views
 

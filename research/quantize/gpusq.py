@@ -26,16 +26,15 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from research.backbones import classify
+from research.backbones import classify, teachers
 from research.core import experiment as engine
 from research.core import metrics as metrics_lib
 from research.core import optim, schedules, scope
 from research.data import mixup
-from research.distill import ground_truth, logits, teachers
-from research.distill.numerics import wide
-from research.distill.taps import tap
-from research.quantize import rules, sparse_layers
+from research.layers.norm import accumulation_dtype
+from research.quantize import reconstruction, rules, sparse_layers
 from research.quantize.rules import Rule
 
 DENSE, SPARSE = teachers.TEACHER, f"{teachers.TEACHER}_sparse"
@@ -52,7 +51,9 @@ def feature_losses(student: Mapping, teacher: Mapping, names: Sequence[str]) -> 
     """
     losses = []
     for name in names:
-        s, t = wide(tap(student, name), jax.lax.stop_gradient(tap(teacher, name)))
+        if missing := [endpoints for endpoints in (student, teacher) if name not in endpoints]:
+            raise ValueError(f"distill.features: no endpoint {name!r} but {', '.join(missing[0])}")
+        s, t = (x.astype(accumulation_dtype(x)) for x in (student[name], jax.lax.stop_gradient(teacher[name])))
         losses.append(jnp.mean(jnp.square(s - t), axis=(1, 2)))
     return jnp.stack(losses)
 
@@ -68,17 +69,16 @@ def factors(losses: jax.Array) -> jax.Array:
 
 
 def distillation(
-    student: Mapping, teacher: Mapping, names: Sequence[str], temperature: float, weights: jax.Array | None = None
+    student: Mapping, teacher: Mapping, names: Sequence[str], weights: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """(divergence of logits, weighted sum of feature losses), scalars, means over the batch.
 
     Args:
       student, teacher: endpoints with `logits` (B, C).
-      temperature: of both logits; the divergence is multiplied by its square.
       weights: of features, (J,); None for ones.
     """
     known = teacher["logits"]
-    divergence = jnp.mean(logits.kd(student["logits"], known, temperature=temperature))
+    divergence = reconstruction.divergence(known, student["logits"])
     losses = feature_losses(student, teacher, names)
     agree = jnp.argmax(student["logits"], axis=-1) == jnp.argmax(known, axis=-1)
     means = jnp.mean(jnp.where(agree[None, :], losses, 0), axis=1)
@@ -160,10 +160,13 @@ def experiment(config, labels=None) -> engine.Experiment:
         for name, arm in arms.items():
             teacher, masks = seen[arm.teacher], model_state[name]["masks"]
             student, _ = forward(own[name], params[name], masks, arm.bits or None, images, train=True, key=key)
-            hard = target if options.labels == "true" else jnp.argmax(teacher["logits"], axis=-1)
-            terms = {"label": jnp.mean(ground_truth.cross_entropy(student["logits"], hard))}
+            found = student["logits"].astype(accumulation_dtype(student["logits"]))
+            hard = target.astype(found.dtype)
+            if options.labels == "teacher":
+                hard = jax.nn.one_hot(jnp.argmax(teacher["logits"], axis=-1), found.shape[-1], dtype=found.dtype)
+            terms = {"label": jnp.mean(optax.softmax_cross_entropy(found, hard))}
             terms["logits"], terms["features"] = distillation(
-                student, teacher, options.features, options.temperature, by_block if arm.aware else None
+                student, teacher, options.features, by_block if arm.aware else None
             )
             scaled = [arm[WEIGHTS[term]] * value for term, value in terms.items()]
             metrics |= {f"{name}/{term}": engine.scalar(value) for term, value in terms.items()}

@@ -13,7 +13,8 @@ the same input that the quantised window has (homologous reconstruction):
 
 A block is any function `block(weights, x, enter)` from (B, N, C) to (B, N, C): `weights` is a dict of all its arrays,
 and it passes through `enter(name, x)` what is multiplied by the weight `name`. Weights that a scheme names are
-quantised with LoRA-Rounding (`rounding`), what enters them with a learned step; nothing else is.
+quantised with LoRA-Rounding (`rounding`), what enters them with a learned step, or without one token by token; nothing
+else is.
 
 Source: Ding et al. 2025, CBQ (arXiv 2312.07950, sections 3.1 and 3.2), whose training code is not public.
 """
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.core import optim
 from research.layers.norm import accumulation_dtype
 from research.quantize import fake, grids, reconstruction, rounding
 from research.quantize.grids import Form, Grid
@@ -206,9 +208,7 @@ def update(
       What is learned, the state of the rule, and the parts of the loss with their sum as `total`.
     """
     (total, parts), slopes = jax.value_and_grad(window_loss, has_aux=True)(learned, *batch, **settings)
-    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-        changes, moments = rule.update(slopes, moments, learned)
-        learned = optax.apply_updates(learned, changes)
+    learned, moments = optim.descend(rule, slopes, moments, learned)
     return learned, moments, {**parts, "total": total}
 
 

@@ -9,9 +9,10 @@ import pytest
 
 from configs import common
 from launch import train
+from research.backbones import teachers
 from research.core import config as configs
 from research.core import metrics as metrics_lib
-from research.distill import arms, dot, teachers
+from research.distill import arms, dot
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = dict(channels=(4, 4, 8), stem_width=4)

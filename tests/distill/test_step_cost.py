@@ -7,8 +7,9 @@ import pytest
 
 from configs import common
 from launch import bench_distill
+from research.backbones import teachers
 from research.core import config as configs
-from research.distill import losses, step_cost, teachers
+from research.distill import losses, step_cost
 
 B, C = 4, 5
 SMALL = dict(img_size=8, patch_size=4, embed_dim=8, num_blocks=1)

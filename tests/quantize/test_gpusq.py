@@ -131,23 +131,23 @@ def test_the_network_computes_with_pruned_kernels_and_rounded_inputs(network, pa
 
 
 def test_losses_by_hand():
-    b, names, t = 3, ("block01", "block02"), 2.0
+    b, names = 3, ("block01", "block02")
     student = {name: RNG.normal(size=(b, 5, 4)) for name in names} | {"logits": np.eye(3)[[0, 1, 2]] * 2}
     teacher = {name: RNG.normal(size=(b, 5, 4)) for name in names} | {"logits": np.eye(3)[[0, 1, 0]] * 3}
     weights = np.array([0.5, 1.5])
     squares = np.array([[((student[n][i] - teacher[n][i]) ** 2).mean() for i in range(b)] for n in names])
     softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
-    p, q = (softmax(found["logits"] / t) for found in (teacher, student))
+    p, q = (softmax(found["logits"]) for found in (teacher, student))
     single = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float32), tree)
 
     @jax.jit
     def run(student, teacher, weights):
         losses = gpusq.feature_losses(student, teacher, names)
-        given = (gpusq.distillation(student, teacher, names, t, w) for w in (weights, None))
+        given = (gpusq.distillation(student, teacher, names, w) for w in (weights, None))
         return *given, losses, gpusq.factors(losses), gpusq.factors(0 * losses)
 
     found, even, losses, factors, none = run(single(student), single(teacher), single(weights))
-    np.testing.assert_allclose(found[0], t**2 * (p * np.log(p / q)).sum() / b, rtol=1e-5)
+    np.testing.assert_allclose(found[0], (p * np.log(p / q)).sum() / b, rtol=1e-5)
     # The third image's classes differ: it teaches no features.
     np.testing.assert_allclose(found[1], (weights[:, None] * squares[:, :2]).sum() / b, rtol=1e-5)
     np.testing.assert_allclose(even[1], squares[:, :2].sum() / b, rtol=1e-5)

@@ -11,12 +11,12 @@ from jax.extend import core as jex
 
 from configs.tokens import dynamicvit_deit_s, evit_deit_s, ppt_deit_s
 from launch import train
-from research.backbones import classify, vit
+from research.backbones import classify, teachers, vit
 from research.core import config as configs
 from research.core import loop, writers
 from research.core.checkpoint import Checkpoints
 from research.core.errors import UserError
-from research.distill import arms, teachers
+from research.distill import arms
 from research.port import checkpoint
 from research.tokens import budget, evit
 

@@ -14,7 +14,7 @@ here a block's inputs are learned before the next block's weights, and are symme
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from flax.core import freeze
 
+from research.core import optim
 from research.language.causal import Shared
 from research.quantize import fake, rounding, window
 from research.quantize.calibration import UNTOUCHED, Outcome, Problem, batches, observe
@@ -141,7 +142,7 @@ def _loss(v, learned, fixed, x, wanted, beta, weight, run: window.Block, schemes
 def _learn(v, moments, learned, fixed, x, wanted, beta, weight, shared: Shared, *, blocks, schemes, rate):
     run = _layer if blocks is None else blocks.block(shared)
     slopes = jax.grad(_loss)(v, learned, fixed, x, wanted, beta, weight, run, schemes)
-    return _updated(optax.adam(rate), slopes, moments, v)
+    return optim.descend(optax.adam(rate), slopes, moments, v)
 
 
 _finish = jax.jit(window.finish, static_argnames="schemes")
@@ -153,14 +154,8 @@ def _learn_steps(steps, moments, weights, x, wanted, shared: Shared, *, blocks: 
         y = blocks.block(shared)(weights, x, window.rounded(schemes, steps))
         return jnp.mean(jnp.sum(jnp.abs(y - wanted) ** NORM, axis=-1))
 
-    steps, moments = _updated(_falling(*rates), jax.grad(loss)(steps), moments, steps)
+    steps, moments = optim.descend(_falling(*rates), jax.grad(loss)(steps), moments, steps)
     return jax.tree.map(lambda step: jnp.maximum(step, SMALLEST), steps), moments
-
-
-def _updated(rule: optax.GradientTransformation, slopes, moments, learned) -> tuple[Any, Any]:
-    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-        changes, moments = rule.update(slopes, moments, learned)
-        return optax.apply_updates(learned, changes), moments
 
 
 def _falling(rate: float, iterations: int) -> optax.GradientTransformation:

@@ -99,7 +99,7 @@ class Cbq:
                 problem.rough[rows],
                 tuple(target[rows] for target in wanted),
                 jnp.float32(rounding.temperature(step, steps, self.hold)),
-                jnp.float32(self.decide if step >= self.hold * steps and not self.decided else 0),
+                jnp.float32(self.decide if step >= self.hold * steps else 0),
                 problem.shared,
                 blocks=problem.blocks,
                 schemes=schemes,
@@ -116,12 +116,12 @@ class Cbq:
         """Where learning begins: of blocks that an earlier window learned, where it ended."""
         begun, x = [], problem.rough
         for index, (weights, carried) in enumerate(zip(problem.weights, problem.carried, strict=True)):
-            if carried is not None:
-                begun.append(_restored(carried))
-            if carried is None or index + 1 < len(problem.weights):
-                x, seen = _seen(problem, weights, x)
             if carried is None:
+                x, seen = _seen(problem, weights, x)
                 begun.append(self._prepare(problem, index, seen))
+            else:
+                begun.append(_restored(carried))
+                x = outputs(problem, weights, x)
         return begun
 
     def _prepare(self, problem: Problem, index: int, seen: dict[str, Seen]) -> tuple[Learned, Fixed]:

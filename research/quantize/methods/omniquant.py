@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from research.core import optim
 from research.language.causal import Shared
 from research.layers.norm import accumulation_dtype
 from research.quantize import grids, smoothquant
@@ -181,9 +182,7 @@ def _optimizer(let_rate: float, lwc_rate: float) -> optax.GradientTransformation
 @functools.partial(jax.jit, static_argnames=("blocks", "schemes", "folds", "rates"), donate_argnums=(0, 1))
 def _learn(learned, moments, weights, x, wanted, shared, *, blocks, schemes, folds, rates) -> tuple[dict, Any]:
     slopes = jax.grad(_loss)(learned, weights, x, wanted, shared, blocks, schemes, folds)
-    with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers
-        changes, moments = _optimizer(*rates).update(slopes, moments, learned)
-        learned = optax.apply_updates(learned, changes)
+    learned, moments = optim.descend(_optimizer(*rates), slopes, moments, learned)
     return {**learned, "scales": jax.tree.map(_away_from_zero, learned["scales"])}, moments
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from research.backbones import classify
 from research.core import sharding
-from research.distill.numerics import wide
+from research.layers.norm import accumulation_dtype
 from research.port import checkpoint
 
 TEACHER = "teacher"
@@ -79,7 +79,7 @@ def combined(logits: jax.Array) -> jax.Array:
     """Logits (B, C) of the mean of the probabilities of (K, B, C); a single teacher's own."""
     if len(logits) == 1:
         return logits[0]
-    (logits,) = wide(logits)
+    logits = logits.astype(accumulation_dtype(logits))
     return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0) - jnp.log(jnp.asarray(len(logits), logits.dtype))
 
 
