@@ -125,6 +125,8 @@ def open_sources(words: list[str], names: list[str]) -> dict[str, Source]:
     kind, path = words if len(words) == 2 else (words[0], None) if words[0] in sources.KINDS else (None, words[0])
     if kind is not None and kind not in sources.KINDS:
         raise UserError(f"--from: no kind {kind!r}{suggest(kind, sources.KINDS)}")
+    if kind == "text":
+        raise UserError("--from text: shards hold images; runs read text from its files: data.kind=text, data.path=…")
     names = names or sources.splits(kind, path)
     if not names:
         return {convert.UNSPLIT: sources.source(kind, path)}

@@ -1,7 +1,9 @@
 """Strict settings for every test: 8 virtual devices, no silent rank or dtype promotion, warnings are errors."""
 
+import atexit
 import importlib.metadata
 import os
+import shutil
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,7 +14,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do no
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     # In one part it takes a fifth less than in many for as many threads, and other cores have tests of their own.
     os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="stillroom-jax-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # workers have their parent's
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="stillroom-jax-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pathlib

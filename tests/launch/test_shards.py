@@ -182,6 +182,7 @@ def test_images_are_reduced_never_enlarged():
     [
         (["--from", "zipp", "x"], "--from: no kind 'zipp'; did you mean zip?"),
         (["--from", "a", "b", "c"], "--from takes a kind and a path"),
+        (["--from", "text", "x"], "--from text: shards hold images; runs read text from its files"),
         (["--from", "/no/such/place"], "nothing at /no/such/place"),
         (["--from", "digits", "--shards", "0"], "--shards 0: must be 1 to 99999"),
         (["--from", "digits", "--splits", "tran"], "did you mean train"),
