@@ -57,3 +57,5 @@ def test_settings_are_rules():
     assert bench_lowbit.setting("W4A8", "awq") == Rule("^layers_", bits=4, activation_bits=8, rule="awq", pad=True)
     with pytest.raises(UserError, match="W4A17.*not of the form W4A16"):
         bench_lowbit.setting("W4A17")
+    with pytest.raises(UserError, match="--settings: 'W2A16g' has no number of inputs to a scale after g"):
+        bench_lowbit.setting("W2A16g")
